@@ -1,0 +1,1 @@
+"""A tiny visual world: captions, the scenes they describe, and a checker that reads a picture back."""

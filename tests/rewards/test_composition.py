@@ -1,0 +1,81 @@
+"""The composition reward: what it returns, for which score, and what it leaves unscored."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlkit.rewards.composition import Composition
+from rlkit.types import Prompt, Samples
+from rlkit.world.grammar import draw, parse
+from rlkit.world.scenes import render_batch
+
+
+def samples_of(media: Tensor, texts: Sequence[str]) -> Samples:
+    n = len(texts)
+    rows = torch.arange(n)
+    prompts = tuple(Prompt(index, text) for index, text in enumerate(texts))
+    return Samples(media, torch.zeros(n, 1, 1, 1), prompts, rows, rows, rows, version=0, total=n)
+
+
+def made(texts: list[str], shown: list[str]) -> Samples:
+    images = render_batch([parse(text) for text in shown], np.random.default_rng(0))
+    return samples_of(torch.from_numpy(images), texts)
+
+
+TRUE, WRONG = "a red circle above a blue square", "a red circle below a blue square"
+
+
+def test_strict_graded_and_mixed() -> None:
+    samples = made([TRUE, WRONG], [TRUE, TRUE])
+    values = {score: Composition(score=score)(samples)[0].tolist() for score in ("strict", "graded", "mixed")}
+    assert values == {"strict": [1, 0], "graded": [1, 0.375], "mixed": [1, 0.1875]}
+    assert Composition() == Composition(score="mixed")
+
+
+def test_components_come_along() -> None:
+    values, components = Composition()(made([TRUE, WRONG], [TRUE, TRUE]))
+    assert set(components) == {"strict", "graded"}
+    assert torch.equal(values, (components["strict"] + components["graded"]) / 2)
+    assert values.dtype == torch.float32
+
+
+def test_prompts_from_elsewhere_are_not_scored() -> None:
+    values, components = Composition()(made(["a photo of a dog", TRUE, ""], [TRUE, TRUE, TRUE]))
+    assert values.isnan().tolist() == [True, False, True]
+    assert all(component.isnan().tolist() == [True, False, True] for component in components.values())
+    assert values[1] == 1
+    assert Composition()(made(["a dog"], [TRUE]))[0].isnan().all()
+
+
+def test_values_stay_in_the_declared_range() -> None:
+    rng = np.random.default_rng(1)
+    rows = draw("train", 64, rng)
+    media = torch.from_numpy(render_batch(rows[1:] + rows[:1], rng))
+    for score in ("strict", "graded", "mixed"):
+        low, high = Composition.range
+        values, _ = Composition(score)(samples_of(media, [caption.text for caption in rows]))
+        assert values.shape == (64,)
+        assert bool(((values >= low) & (values <= high)).all())
+
+
+def test_low_precision_and_gradients_are_read() -> None:
+    samples = made([TRUE], [TRUE])
+    assert Composition()(replace(samples, media=samples.media.to(torch.bfloat16)))[0].item() == 1
+    assert Composition()(replace(samples, media=samples.media.clone().requires_grad_()))[0].item() == 1
+
+
+def test_declarations() -> None:
+    assert Composition.reads == ("prompt",)
+    assert Composition.range == (0.0, 1.0)
+    assert Composition.higher_is_better
+
+
+def test_a_bad_score_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"score='strickt' is none of .*did you mean 'strict'\?"):
+        Composition(score="strickt")
+    with pytest.raises(ValueError, match=r"strict, graded, mixed$"):
+        Composition(score="zzz")
