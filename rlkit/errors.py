@@ -6,7 +6,7 @@ RlkitError
   CheckpointError    a checkpoint that is missing, damaged or of another run
   RewardError        a reward that failed, or left too much unscored
   DistributedError   processes that do not form the group that was asked for
-  DataError          prompts, images or pairs that cannot be read
+  DataError          prompts, images, pairs or a run folder that cannot be read
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DistributedError(RlkitError):
 
 
 class DataError(RlkitError):
-    """Prompts, images or pairs that cannot be read."""
+    """Prompts, images, pairs or a run folder that cannot be read."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
