@@ -1,0 +1,269 @@
+"""A run told afterwards, from its folder alone: numbers for scripts, one sentence, and a page that needs no network.
+
+`before` is the first evaluation, `after` the last one, never the best. All of it also works for a run that was killed:
+it then says how far the run came. Nothing here judges by exit code; `expect` is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlkit import charts
+from rlkit import report_page as page
+from rlkit.charts import Span
+from rlkit.errors import DataError, RecipeError
+from rlkit.tracking import HELD_OUT, Expectation, Metrics, held_out
+
+HEADLINES = ("strict", "graded", "reward")  # the first that was measured opens the report
+NOTES = {"Held-out": "± one standard error", "Training reward": "± one standard deviation over samples"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    recipe_text: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        import yaml
+
+        if not folder.is_dir():
+            hint = "Give the folder that `rlkit train` named when it began."
+            raise DataError("there is no such run folder.", where=str(folder), hint=hint)
+        rows = Metrics.read(folder) if (folder / Metrics.NAME).exists() else []
+        if not rows:
+            hint = "The run ended before its first step, or this is not the folder of a run."
+            raise DataError(f"no numbers in {Metrics.NAME}.", where=str(folder), hint=hint)
+        text = _text(folder / "recipe.yaml")
+        environment = json.loads(_text(folder / "environment.json") or "{}")
+        return cls(folder, rows, text, yaml.safe_load(text) or {}, environment)
+
+    @cached_property
+    def train(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One for each point of a stage: a resumed run may have evaluated its checkpoint again."""
+        latest = {(row["stage"], row["step"]): row for row in self.rows if row["kind"] == "evaluation"}
+        return sorted(latest.values(), key=lambda row: row["at"])
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "event"]
+
+    @property
+    def stages(self) -> list[str]:
+        """In the order in which they ran."""
+        return list(dict.fromkeys(row["stage"] for row in self.rows if row["kind"] != "event"))
+
+    @property
+    def finished(self) -> bool:
+        said = [row["event"] for row in self.events if row["event"] in ("finished", "interrupted", "resumed")]
+        return said[-1:] == ["finished"]
+
+    @property
+    def steps(self) -> int:
+        return max((int(row["at"]) for row in self.train), default=0)
+
+    @property
+    def planned(self) -> int:
+        """Steps of all stages, as the recipe has them."""
+        return sum(int(stage.get("steps") or 0) for stage in (self.recipe.get("stages") or {}).values())
+
+    def spans(self) -> list[Span]:
+        found: list[Span] = []
+        for name in self.stages:
+            at = [row["at"] for row in (*self.train, *self.evaluations) if row["stage"] == name]
+            found.append(Span(name, found[-1].end if found else min(at), max(at)))
+        return found
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+# ---- for scripts -----------------------------------------------------------------------------------------------------
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The run in numbers, as `rlkit report DIR --json` prints them."""
+    return _summary(Run.open(folder))
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    command = str(run.environment.get("command", ""))
+    return {
+        "recipe": _recipe_name(run, command),
+        "command": command,
+        "finished": run.finished,
+        "steps": run.steps,
+        "seconds": _seconds(run),
+        "held_out": _changes(run.evaluations),
+        "stages": {
+            name: {
+                metric: {"before": change["before"], "after": change["after"]}
+                for metric, change in _changes(_of(run.evaluations, name)).items()
+            }
+            for name in run.stages
+        },
+        "expect": _expectations(run),
+    }
+
+
+def _recipe_name(run: Run, command: str) -> str:
+    words = command.split()
+    named = words[words.index("train") + 1 :][:1] if "train" in words else []
+    return Path(named[0]).stem if named and not named[0].startswith("-") else run.folder.name
+
+
+def _of(rows: Sequence[Row], stage: str) -> list[Row]:
+    return [row for row in rows if row["stage"] == stage]
+
+
+def _changes(evaluations: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Each held-out score at its first and at its last evaluation; `after` is None where there was only one.
+
+    `change_se` takes the two sets of pictures as independent. They share prompts and seeds, so it is rather too large.
+    """
+    names = list(dict.fromkeys(name for row in evaluations for name in held_out(row)))
+    names.sort(key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+    found = {}
+    for name in names:
+        having = [row for row in evaluations if name in held_out(row)]
+        first, last = having[0], having[-1] if len(having) > 1 else {}
+        before, before_se = first[HELD_OUT + name], first.get(f"{HELD_OUT}{name}_se")
+        after, after_se = last.get(HELD_OUT + name), last.get(f"{HELD_OUT}{name}_se")
+        found[name] = {
+            "before": before,
+            "after": after,
+            "before_se": before_se,
+            "after_se": after_se,
+            "change": None if after is None else after - before,
+            "change_se": None if before_se is None or after_se is None else math.hypot(before_se, after_se),
+            "count": (last or first).get("count"),
+        }
+    return found
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Phases add up over the steps that count: those that a resume took back are not in the record."""
+
+    def added(rows: Sequence[Row], phase: str) -> float:
+        return sum(row.get(f"seconds/{phase}") or 0.0 for row in rows)
+
+    seconds = {phase: added(run.train, phase) for phase in ("sample", "score", "train")}
+    seconds |= {"evaluate": added(run.evaluations, "evaluate"), "start": added(run.events, "start")}
+    said = [row["seconds/total"] for row in run.events if row.get("seconds/total")]
+    return {"total": max(sum(seconds.values()), *said, 0.0), **seconds}
+
+
+def _expectations(run: Run) -> list[dict[str, Any]]:
+    found = []
+    for name, stage in (run.recipe.get("stages") or {}).items():
+        for metric, rule in (stage.get("expect") or {}).items():
+            found.append({"stage": name, "metric": metric, "rule": rule, "met": _met(run, name, metric, str(rule))})
+    return found
+
+
+def _met(run: Run, stage: str, metric: str, rule: str) -> bool | None:
+    """Whether the rule holds at the stage's end; None where that cannot be said."""
+    ended = run.finished or stage in run.stages[:-1]
+    values = [row[metric] for row in _of(run.evaluations, stage) if row.get(metric) is not None]
+    if len(values) < 2:  # not measured on held-out prompts: the first and the last tenth of training
+        series = [row[metric] for row in _of(run.train, stage) if row.get(metric) is not None]
+        tenth = math.ceil(len(series) / 10)
+        values = [_mean(series[:tenth]), _mean(series[-tenth:])] if len(series) > 1 else []
+    if not ended or not values:
+        return None
+    try:
+        return Expectation.parse(rule).met(values[0], values[-1])
+    except RecipeError:
+        return None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def sentence(facts: Row) -> str:
+    """What `summary` says, in words that stay true when nothing rose."""
+    return " ".join(_sentences(facts))
+
+
+def _sentences(facts: Row) -> list[str]:
+    """The result first."""
+    changes = facts["held_out"]
+    effort = f"in {page.duration(facts['seconds']['total'])} and {facts['steps']:,} steps"
+    stopped = "" if facts["finished"] else "The run did not finish; so far: "
+    names = [name for name in HEADLINES if name in changes] or list(changes)[:1]
+    if not names:
+        return [f"{stopped}{'nothing' if stopped else 'Nothing'} was evaluated on held-out prompts {effort}."]
+    told = [_told(name, changes[name], images=name == names[0]) for name in names]
+    words = [f"{stopped}{'held-out' if stopped else 'Held-out'} {told[0]} {effort}."]
+    if len(told) > 1:
+        words.append(f"Held-out {', '.join(told[1:])}.")
+    ways = {name: page.direction(changes[name]) for name in names}
+    if ways.get("reward", 0) > 0 > ways.get("strict", 0):
+        words.append("Reward rose while strict fell: the policy may have learned to please the reward, not the prompt.")
+    return words + _expected(facts["expect"])
+
+
+def _expected(rules: Sequence[Row]) -> list[str]:
+    if len(rules) == 1:
+        return [f"The recipe expects {rules[0]['metric']} {rules[0]['rule']}: {page.verdict(rules[0]['met'])}."]
+    met = [rule["met"] for rule in rules]
+    unknown = f", {met.count(None)} cannot be judged" if None in met else ""
+    return [f"Of {len(met)} rules that the recipe expects to hold, {met.count(True)} do{unknown}."] if met else []
+
+
+def _told(name: str, change: Row, images: bool) -> str:
+    label = name if name == "reward" else f"{name} reward"
+    count = f"{change['count']:,} images" if images and change["count"] else ""
+    if change["after"] is None:
+        return f"{label} was {change['before']:.3f}{f' ({count})' if count else ''} at its only evaluation"
+    verb = {1: "rose", -1: "fell", 0: "did not move beyond the noise:"}[page.direction(change)]
+    brackets = page.difference(change) + (f", {count}" if count else "")
+    return f"{label} {verb} from {change['before']:.3f} to {change['after']:.3f} ({brackets})"
+
+
+def write(folder: Path) -> Path:
+    """report.html, and beside it before.png, after.png and curve.png for a README."""
+    run = Run.open(folder)
+    facts, spans, sheets = _summary(run), run.spans(), charts.sheets(folder)
+    panels = [("Held-out", page.held_out_lines(run.evaluations)), ("Training reward", page.reward_lines(run.train))]
+    charts.curve(folder / "curve.png", panels, spans)
+    pair = charts.pair(sheets)
+    for sheet, name in zip(pair, ("before.png", "after.png"), strict=False):
+        charts.enlarge(sheet, folder / name)
+    sections = [
+        page.header(facts, _sentences(facts), run.environment, run.planned),
+        page.cards({name: facts["held_out"][name] for name in HEADLINES if name in facts["held_out"]}),
+        page.section("Reward", *(charts.chart(title, lines, spans, NOTES[title]) for title, lines in panels)),
+        page.pictures(pair),
+        page.scores(facts["held_out"]),
+        page.expectations(facts["expect"]),
+        page.section("Training", *page.diagnostics(run.train, spans), style="small"),
+        page.timing(facts["seconds"], facts["steps"]),
+        page.events(run.events),
+        page.reproduce(facts["command"], run.recipe_text, run.environment),
+    ]
+    path = folder / "report.html"
+    path.write_text(page.document(f"{facts['recipe']} · rlkit", sections), encoding="utf-8")
+    return path
