@@ -27,7 +27,8 @@ class RlkitError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text} {self.hint.strip()}" if self.hint.strip() else text
+        end = "" if text.endswith((".", "?", "!", ":")) else "."
+        return f"{text}{end} {self.hint.strip()}" if self.hint.strip() else text
 
 
 class RecipeError(RlkitError):

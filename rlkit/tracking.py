@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,10 +59,12 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:  # closed, so flushed, row by row: a killed run keeps all
             file.write(_line(row))
 
-    def rewind(self, at: int) -> None:
-        """Forget what came after the checkpoint of step `at`: rows with a larger `at` go, all others stay."""
+    def rewind(self, at: int, to_come: Collection[str] = ()) -> None:
+        """Forget what came after the checkpoint of step `at`: rows with a larger `at` go, and those of the stages that
+        have yet to begin, whose opening evaluation shares its `at` with the end of the stage before. Others stay."""
         if self.path.exists():
-            self._replace(row for row in self.read(self.path.parent) if row["at"] <= at)
+            rows = self.read(self.path.parent)
+            self._replace(row for row in rows if row["at"] <= at and row["stage"] not in to_come)
 
     def _replace(self, rows: Iterable[Row]) -> None:
         temporary = self.path.with_name(f".{self.NAME}.{os.getpid()}")
@@ -279,9 +281,9 @@ class Tracker:
         if self._first:
             self._mirror.image(path, at)
 
-    def rewind(self, at: int) -> None:
+    def rewind(self, at: int, to_come: Collection[str] = ()) -> None:
         if self._first:
-            self._metrics.rewind(at)
+            self._metrics.rewind(at, to_come)
 
     def close(self) -> None:
         if self._first:
