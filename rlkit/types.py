@@ -1,0 +1,345 @@
+"""The nouns that travel between rooms: plans, samples, scores, rows, losses, and the protocols of the catalogues.
+
+Axes, used everywhere: N samples, G group size, S recorded decisions per sample (denoising steps or tokens),
+C H W, D condition, R rewards, B rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Any]
+"""What an algorithm remembers between steps: tensors and json values. It is saved in every checkpoint."""
+
+Condition = Mapping[str, Tensor]
+"""What a network is conditioned on, one prompt, no batch axis: `{"tokens": [L, D], "pooled": [D]}`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a data set. `id` is unique in its data set and is what groups are keyed by."""
+
+    id: int
+    text: str
+    kind: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of its surroundings, so that a recipe can be refused before anything is loaded."""
+
+    kind: Literal["flow", "tokens"] = "flow"
+    path: bool = False  # the states of the sampling path, not only its end
+    log_prob: bool = False  # a density for each recorded step: rules out ODE sampling
+    group: int = 1  # the smallest group that gives an advantage
+    window: int | None = None  # recorded steps a sample; None: all but the last
+    last_start: int = 0  # the latest step at which the window may start
+    old: bool = False
+    reference: bool = False
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an algorithm wants one step sampled."""
+
+    dynamics: Literal["flow", "dance", "cps", "ode"] = "ode"
+    noise_level: float = 0.0
+    window: tuple[int, int] | None = None  # (first stochastic step, how many); None: every step
+    shared_noise: bool = False  # one initial noise per group
+    record: bool = False  # keep the path inside the window
+    policy_set: str = "current"
+
+
+@dataclass(frozen=True)
+class Path:
+    """The recorded decisions of every sample: the K steps of the window, in fp32.
+
+    Sigmas come from the scheduler once, here, and the trainer never computes them again.
+    """
+
+    states: Tensor  # [N, K+1, C, H, W]
+    means: Tensor  # [N, K, C, H, W]
+    log_prob: Tensor  # [N, K]
+    sigmas: Tensor  # [K+1]
+    steps: Tensor  # [K] int64, positions in the schedule
+    sigma_max: float  # the schedule's second sigma (Flow-SDE's patch at sigma = 1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a rollout returns: this process's share of the step's N_total samples, in ascending `index`."""
+
+    media: Tensor  # [N, C, H, W] in 0..1, rounded to 1/255
+    latents: Tensor  # [N, C, H, W] fp32, clean
+    prompts: tuple[Prompt, ...]
+    group: Tensor  # [N] int64
+    index: Tensor  # [N] int64, position among all samples of this step over all processes
+    sample_id: Tensor  # [N] int64, unique in the run
+    version: int  # of the weights that sampled
+    total: int  # N_total
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, positions: Tensor) -> Samples:
+        """The samples at these positions, in this order; paths are left behind (rewards do not read them)."""
+        return replace(
+            self,
+            media=self.media[positions],
+            latents=self.latents[positions],
+            prompts=tuple(self.prompts[i] for i in positions.tolist()),
+            group=self.group[positions],
+            index=self.index[positions],
+            sample_id=self.sample_id[positions],
+            path=None,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every reward of every sample, raw and weighted, with validity; the breakdown survives to the log."""
+
+    names: tuple[str, ...]
+    raw: Tensor  # [N, R] as the rewards returned them; NaN where not scored
+    valid: Tensor  # [N, R] bool
+    weights: Tensor  # [R]
+    components: Mapping[str, Tensor] = field(default_factory=dict)  # "reward/component" -> [N]
+
+    @property
+    def scored(self) -> Tensor:
+        """[N] bool: every reward gave a number. A sample with one missing is masked whole."""
+        return self.valid.all(dim=1)
+
+    @property
+    def total(self) -> Tensor:
+        """[N] fp32: the weighted sum; 0 where not scored, which `scored` masks."""
+        values = torch.where(self.valid, self.raw, torch.zeros_like(self.raw))
+        return torch.where(self.scored, values @ self.weights, torch.zeros(len(values)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one optimiser step eats. Columns share the first axis; `row` is global over all processes."""
+
+    row: Tensor  # [B] int64
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def columns(self) -> dict[str, Tensor | tuple[Any, ...]]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def select(self, positions: Tensor) -> Self:
+        """The rows at these positions, in this order. Scalars of all rows (tensors without axes) stay."""
+        chosen: dict[str, Any] = {}
+        for name, column in self.columns().items():
+            if isinstance(column, tuple):
+                chosen[name] = tuple(column[i] for i in positions.tolist())
+            else:
+                chosen[name] = column[positions] if column.ndim else column
+        return replace(self, **chosen)
+
+    def to(self, device: torch.device) -> Self:
+        """The same rows with their tensors on a device."""
+        moved = {name: c if isinstance(c, tuple) else c.to(device) for name, c in self.columns().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def batches(self, size: int, context: Context, epoch: int = 0) -> Iterator[Self]:
+        """Mini-batches of `size` global rows, in an order drawn from the run's seed alone.
+
+        Every process walks through the same partition of the global rows and takes the rows that it holds,
+        possibly none: it still joins the reduction.
+        """
+        total = context.total_rows(len(self))
+        order = torch.randperm(total, generator=context.generator("batches", epoch))
+        position = torch.full((total,), -1, dtype=torch.int64)
+        position[self.row] = torch.arange(len(self))
+        for chunk in order.split(size):
+            mine = position[chunk]
+            yield self.select(mine[mine >= 0])
+
+
+@dataclass(frozen=True)
+class FlowRows(Rows):
+    """One row per recorded denoising step: all that a policy gradient needs to replay it."""
+
+    x: Tensor  # [B, C, H, W]
+    x_next: Tensor  # [B, C, H, W]
+    sigma: Tensor  # [B]
+    sigma_next: Tensor  # [B]
+    sigma_max: Tensor  # [] the schedule's second sigma
+    old_log_prob: Tensor  # [B]
+    advantage: Tensor  # [B]
+    weight: Tensor  # [B] 0 where the sample was not scored
+    cond: tuple[str, ...]  # [B] keys into the condition cache
+
+    @classmethod
+    def from_path(cls, samples: Samples, advantage: Tensor, scored: Tensor) -> FlowRows:
+        """Unroll the path: row = index * K + k. advantage: [N] or [N, K]; scored: [N] bool.
+
+        What was not scored is blank: a state that overflowed would make the gradient NaN, 0 times NaN being NaN.
+        """
+        path = samples.path
+        if path is None:
+            raise ValueError("these samples carry no path: the plan must set record=True")
+        n, k = path.log_prob.shape
+        states = torch.where(scored.reshape(-1, *(1,) * (path.states.ndim - 1)), path.states, 0.0)
+        per_step = advantage if advantage.ndim == 2 else advantage[:, None].expand(n, k)
+        return cls(
+            row=(samples.index[:, None] * k + torch.arange(k)).flatten(),
+            x=states[:, :-1].flatten(0, 1),
+            x_next=states[:, 1:].flatten(0, 1),
+            sigma=path.sigmas[:-1].repeat(n),
+            sigma_next=path.sigmas[1:].repeat(n),
+            sigma_max=torch.tensor(path.sigma_max),
+            old_log_prob=torch.where(scored[:, None], path.log_prob, 0.0).flatten(),
+            advantage=per_step.flatten(),
+            weight=scored.to(torch.float32)[:, None].expand(n, k).flatten(),
+            cond=tuple(prompt.text for prompt in samples.prompts for _ in range(k)),
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Per-row values with their weights. The learner alone takes weighted means, term by term, over all processes.
+
+    Terms whose weights are the same tensor share one normaliser. Metrics are detached [B] tensors, averaged with
+    `weight`.
+    """
+
+    terms: Mapping[str, tuple[Tensor, Tensor]]  # name -> (value [B], weight [B])
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [B]
+
+
+class VelocityModel(Protocol):
+    """One set of a flow policy's weights, as a callable."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
+        """v = noise - data (rectified flow). x: [B, C, H, W]; sigma: [B] in 0..1; cond: [B] keys."""
+
+
+class Models(Protocol):
+    """A policy's sets as callables. A loss sees these, never modules."""
+
+    @property
+    def current(self) -> VelocityModel: ...
+
+    @property
+    def reference(self) -> VelocityModel: ...
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit seed for a key such as (seed, stage, step, sample id, purpose); equal on every process and machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator of its own for this key. Randomness has no other source, so it never depends on rank or order."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a step stands: keyed randomness, the collective operations, the algorithm's state."""
+
+    seed: int
+    stage: str
+    step: int
+    sampling_steps: int  # of the rollout
+    state: State
+    gather: Callable[[Tensor], Tensor]  # [n, ...] of each process -> [sum n, ...] of all, in rank order
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        return generator(self.seed, self.stage, self.step, *purpose)
+
+    def total_rows(self, here: int) -> int:
+        return int(self.gather(torch.tensor([here], dtype=torch.int64)).sum())
+
+
+@dataclass(frozen=True)
+class FlowModel:
+    """What a flow backbone's `load()` gives: the network, which is trained, and its frozen encode and decode."""
+
+    net: nn.Module
+    velocity: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]  # (net, x, sigma [B], batched condition)
+    encode: Callable[[Sequence[str]], list[Condition]]  # one condition a text
+    decode: Callable[[Tensor], Tensor]  # latents [N, C, H, W] -> media [N, 3, H, W] in 0..1
+    sigmas: Callable[[int], Tensor]  # number of steps -> [steps+1] fp32, from sigma_max down to 0
+    latent_shape: tuple[int, ...]
+    lora_targets: tuple[str, ...]
+    unread: Callable[[str], list[str]] = lambda text: []  # words the text encoder does not know, or cuts off
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen dataclass that can load a network."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel: ...
+
+
+class Reward(Protocol):
+    """Samples in, one number a sample out, NaN where it could not score; or (numbers, {component: numbers})."""
+
+    def __call__(self, samples: Samples) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]: ...
+
+
+class Algorithm(Protocol):
+    """A frozen dataclass of options with these six functions. Subclass it for the defaults of start, plan and after."""
+
+    def needs(self) -> Needs:
+        """What these options ask for; read before anything is loaded."""
+        ...
+
+    def start(self) -> State:
+        """What to remember from step to step; called once a stage."""
+        return {}
+
+    def plan(self, context: Context) -> Plan:
+        """How to sample this step; the same on every process."""
+        return Plan()
+
+    def rows(self, samples: Samples, scores: Scores, context: Context) -> Rows:
+        """This process's samples as training rows. Advantages are born here, over all processes."""
+        ...
+
+    def loss(self, models: Models, rows: Any) -> Loss:
+        """Per-row values; no means."""
+        ...
+
+    def after(self, policy: Any, context: Context) -> None:
+        """Once the step's updates are done: refresh `old`, count, remember."""
+        return None
+
+
+__all__ = [
+    "Algorithm",
+    "Backbone",
+    "Condition",
+    "Context",
+    "FlowModel",
+    "FlowRows",
+    "Loss",
+    "Models",
+    "Needs",
+    "Path",
+    "Plan",
+    "Prompt",
+    "Reward",
+    "Rows",
+    "Samples",
+    "Scores",
+    "State",
+    "VelocityModel",
+    "generator",
+    "seed_of",
+]
