@@ -1,0 +1,197 @@
+"""A policy: the network that is trained, and the named sets of weights that an algorithm compares it with.
+
+A set is a dictionary of the trainable tensors and nothing else: `current` is the network's own, `reference`, `old` and
+`ema` are copies that stand in for them during a call (`torch.func.functional_call`). LoRA and full fine-tuning are then
+one mechanism: LoRA starts as the identity, so a copy taken at the start is the base model exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rlkit.errors import CheckpointError
+from rlkit.types import Condition, FlowModel, seed_of
+
+Tensors = dict[str, Tensor]
+ADAPTER = "rlkit"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): `alpha / rank` scales them; `targets` default to the backbone's."""
+
+    rank: int = 16
+    alpha: int | None = None  # default: 2 * rank, as in the Flow-GRPO recipes
+    targets: tuple[str, ...] | None = None
+
+
+class Conditions:
+    """Encoded prompts by text, encoded once. A text is its own key."""
+
+    def __init__(self, model: FlowModel) -> None:
+        self._model = model
+        self._known: dict[str, Condition] = {}
+
+    def encode(self, texts: Iterable[str]) -> None:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing:
+            self._known.update(zip(missing, self._model.encode(missing), strict=True))
+
+    def batch(self, texts: Sequence[str]) -> Condition:
+        """{"name": [B, ...]} for B texts, each encoded before."""
+        rows = [self._known[text] for text in texts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class WeightSet:
+    """One set of a flow policy's weights, as a callable."""
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self._policy = policy
+        self._name = name
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
+        """v [B, C, H, W] in fp32 for x [B, C, H, W], sigma [B] in 0..1 and B condition keys.
+
+        Only `current` carries gradient.
+        """
+        policy = self._policy
+        batch = policy.conditions.batch(cond)
+        x, sigma = x.to(policy.device), sigma.to(policy.device)
+        with policy.autocast():
+            if self._name == "current":
+                return policy.model.velocity(policy.net, x, sigma, batch).float()
+            with torch.no_grad():
+                return policy.model.velocity(policy.stand_in(self._name), x, sigma, batch).float()
+
+
+class Models:
+    """The policy's sets, by name. Asking for one that the stage did not make is an error, not a silent `current`."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def __getitem__(self, name: str) -> WeightSet:
+        if name != "current" and name not in self._policy.sets:
+            known = ", ".join(["current", *self._policy.sets])
+            raise KeyError(f"the policy has no set {name!r} in this stage; it has: {known}")
+        return WeightSet(self._policy, name)
+
+    @property
+    def current(self) -> WeightSet:
+        return self["current"]
+
+    @property
+    def reference(self) -> WeightSet:
+        return self["reference"]
+
+
+class Policy:
+    """One flow network with its sets. `train` is "full" or a `Lora`."""
+
+    def __init__(self, model: FlowModel, train: Lora | None, device: torch.device, precision: str, seed: int) -> None:
+        self.model = model
+        self.net: nn.Module = model.net
+        self.device = device
+        self.precision = precision
+        self.lora = train
+        self.conditions = Conditions(model)
+        self.net.eval()  # dropout would make the ratio differ from 1 before any update
+        if train is None:
+            self.net.requires_grad_(True)
+        else:
+            self._add_lora(train, seed)
+        self.trainable: Tensors = {}
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # the optimiser's master copy; autocast lowers it per call
+                self.trainable[name] = parameter
+        self.sets: dict[str, Tensors] = {}
+        self.base: Tensors | None = None
+        self.models = Models(self)
+
+    def _add_lora(self, lora: Lora, seed: int) -> None:
+        from peft import LoraConfig
+
+        self.net.requires_grad_(False)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha or 2 * lora.rank,
+            init_lora_weights="gaussian",
+            target_modules=list(lora.targets or self.model.lora_targets),
+        )
+        with torch.random.fork_rng():  # peft draws A from the global generator
+            torch.manual_seed(seed_of(seed, "lora"))
+            self.net.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def stand_in(self, name: str) -> Any:
+        """The network with a set's tensors in place of its own, for the length of a call."""
+        tensors = self.sets[name]
+        return lambda *args, **kwargs: functional_call(self.net, tensors, args, kwargs)
+
+    def snapshot(self) -> Tensors:
+        """A copy of the trainable tensors. `clone`, since on a CPU `.detach().cpu()` is the same memory."""
+        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    def keep(self, name: str, tensors: Tensors | None = None) -> None:
+        """Make a set: a copy of the current weights, or the tensors given."""
+        self.sets[name] = self.snapshot() if tensors is None else tensors
+
+    def keep_base(self) -> None:
+        """Remember the weights as the backbone gave them, before any training."""
+        self.base = self.snapshot()
+
+    def drop(self, name: str) -> None:
+        self.sets.pop(name, None)
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """set <- decay * set + (1 - decay) * current, in place."""
+        kept = self.sets[name]
+        torch._foreach_lerp_([kept[key] for key in self.trainable], list(self.trainable.values()), 1 - decay)
+
+    def state(self) -> Tensors:
+        """What a checkpoint needs: "set/parameter" -> tensor. The base is the backbone's, and an alias is no set."""
+        kept = {"current": {k: v.detach() for k, v in self.trainable.items()}}
+        for name, tensors in self.sets.items():
+            if tensors is not self.base and not (name == "reference" and tensors is self.sets.get("ema")):
+                kept[name] = tensors
+        return {f"{name}/{key}": value for name, tensors in kept.items() for key, value in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave. Every current tensor must be there with its shape."""
+        for key, parameter in self.trainable.items():
+            saved = tensors.get(f"current/{key}")
+            if saved is None or saved.shape != parameter.shape:  # copy_ would broadcast
+                found = "no such tensor" if saved is None else f"shape {tuple(saved.shape)}"
+                what = f"these weights are of another policy: {key} has shape {tuple(parameter.shape)} here, {found} there"
+                raise CheckpointError(what, hint="Use the backbone and `policy.train` that they were trained with.")
+            parameter.copy_(saved)
+        names = {key.split("/", 1)[0] for key in tensors} - {"current"}
+        for name in sorted(names):
+            self.sets[name] = {key: tensors[f"{name}/{key}"].to(self.device).clone() for key in self.trainable}
+
+    def export(self, folder: Path) -> str:
+        """Write the weights for others to load; returns the line that loads them."""
+        if self.lora is None:
+            self.net.save_pretrained(folder)  # type: ignore[operator]
+            return f'{type(self.net).__name__}.from_pretrained("{folder}")'
+        self.net.save_lora_adapter(folder, adapter_name=ADAPTER)  # type: ignore[operator]
+        # diffusers looks for a pickle unless it is told otherwise.
+        return f'transformer.load_lora_adapter("{folder}", prefix=None, use_safetensors=True)'
+
+
+def ema_decay(step: int, longest: float) -> float:
+    """Warm-up of an exponential moving average: min((1 + k) / (10 + k), longest) after k updates (Flow-GRPO's code)."""
+    return min((1 + step) / (10 + step), longest)
