@@ -1,0 +1,189 @@
+"""The learner: turns per-row losses into one optimiser step, exactly, over micro-batches and processes.
+
+A loss gives values and weights per row; only here are they averaged, term by term, by the sum of weights over all rows
+of the mini-batch on all processes. How the rows were split then cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit.dist import Processes
+from rlkit.policy import Policy, ema_decay
+from rlkit.types import Loss, Models, Rows
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """The optimiser's numbers. AdamW; the rate is constant after a linear warm-up."""
+
+    lr: float
+    batch: int  # rows per optimiser step, over all processes
+    micro_batch: int | None = None  # rows per forward pass on one process; None: all of them at once
+    epochs: int = 1  # passes over a step's rows
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup: int = 0  # optimiser steps
+    ema: float | None = None  # decay of the set `ema`; None: no such set
+
+    def __post_init__(self) -> None:
+        for name, value, lowest in (("lr", self.lr, 0.0), ("max_grad_norm", self.max_grad_norm, 0.0)):
+            if not (math.isfinite(value) and value > lowest):
+                raise ValueError(f"{name} must be above 0, not {value}")
+        for name, count in (("batch", self.batch), ("micro_batch", self.micro_batch), ("epochs", self.epochs)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be 1 or more, not {count}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay within [0, 1), not {self.ema}")
+
+
+LossFunction = Callable[[Models, Any], Loss]
+
+
+class Learner:
+    """The optimiser of one policy. `policy.trainable` are its parameters, in a fixed order."""
+
+    def __init__(self, policy: Policy, options: LearnerOptions, processes: Processes) -> None:
+        self.policy = policy
+        self.options = options
+        self.processes = processes
+        self.parameters = list(policy.trainable.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+        )
+        self.updates = 0
+        self._sums: dict[str, Tensor] = {}  # "name" -> [weighted sum, sum of weights], this process's part
+        self._peaks: dict[str, float] = {}
+        if options.ema is not None and "ema" not in policy.sets:
+            policy.keep("ema")
+
+    def step(self, loss: LossFunction, models: Models, batch: Rows) -> None:
+        """One optimiser step over the mini-batch of which this process holds `batch`, possibly no rows."""
+        self.gradient(loss, models, batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        self._note("grad_norm", norm.detach().cpu().reshape(1), torch.ones(1))
+        if torch.isfinite(norm):
+            rate = min(1.0, (self.updates + 1) / max(1, self.options.warmup))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.options.lr * rate
+            self.optimizer.step()
+            if self.options.ema is not None:
+                self.policy.blend("ema", ema_decay(self.updates, self.options.ema))
+            self.updates += 1
+        self._note("skipped", (~torch.isfinite(norm)).cpu().reshape(1).float(), torch.ones(1))
+        self.optimizer.zero_grad()
+
+    def gradient(self, loss: LossFunction, models: Models, batch: Rows) -> None:
+        """Set every parameter's `.grad` to the gradient of the mini-batch's weighted means.
+
+        Sums are accumulated un-normalised, since the sum of weights is known only after the last micro-batch. Terms
+        with the same weights share one accumulator; each further weighting costs one more.
+        """
+        kept: dict[tuple[str, ...], list[Tensor]] = {}
+        weights: dict[tuple[str, ...], float] = {}
+        for micro in self._micro_batches(batch):
+            result = loss(models, micro)
+            self._note_metrics(result)
+            families = _families(result)
+            for i, (names, weight) in enumerate(families.items()):
+                value = torch.stack([(result.terms[name][0] * weight).sum() for name in names]).sum()
+                found = torch.autograd.grad(
+                    value, self.parameters, retain_graph=i + 1 < len(families), allow_unused=True
+                )
+                pairs = zip(self.parameters, found, strict=True)
+                gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+                if names in kept:
+                    torch._foreach_add_(kept[names], gradients)
+                else:
+                    kept[names] = gradients
+                weights[names] = weights.get(names, 0.0) + float(weight.sum())
+        self._combine(kept, weights)
+
+    def _combine(self, kept: dict[tuple[str, ...], list[Tensor]], weights: Mapping[tuple[str, ...], float]) -> None:
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        # A process without rows does not know the terms' names; all learn them so that all join the same reductions.
+        for names in self._family_names(weights):
+            total = self.processes.add(torch.tensor([weights.get(names, 0.0)], dtype=torch.float64)).item()
+            if total > 0 and names in kept:
+                for parameter, gradient in zip(self.parameters, kept[names], strict=True):
+                    parameter.grad.add_(gradient, alpha=1 / total)  # type: ignore[union-attr]
+        self.processes.add_gradients(self.parameters)
+
+    def _family_names(self, weights: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
+        if self.processes.count == 1:
+            return list(weights)
+        text = "\n".join(" ".join(names) for names in weights)
+        letters = self.processes.gather(torch.tensor(list((text + "\n").encode()), dtype=torch.int64))
+        lines = bytes(letters.tolist()).decode().split("\n")
+        return sorted({tuple(line.split(" ")) for line in lines if line})
+
+    def _micro_batches(self, batch: Rows) -> list[Rows]:
+        if not len(batch):
+            return []
+        size = self.options.micro_batch or len(batch)
+        return [batch.select(part).to(self.policy.device) for part in torch.arange(len(batch)).split(size)]
+
+    def _note_metrics(self, result: Loss) -> None:
+        for name, (value, weight) in result.terms.items():
+            self._note(f"loss/{name}", value.detach(), weight)
+        weight = next(iter(result.terms.values()))[1]
+        for name, values in result.metrics.items():
+            self._note(name, values.detach(), weight)
+
+    def _note(self, name: str, values: Tensor, weight: Tensor) -> None:
+        values, weight = values.double().cpu(), weight.double().cpu()
+        pair = torch.stack([(values * weight).sum(), weight.sum()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        if name.endswith("/deviation") and (weight > 0).any():
+            self._peaks[name] = max(self._peaks.get(name, 0.0), float(values[weight > 0].max()))
+
+    def metrics(self) -> dict[str, float]:
+        """Weighted means of everything noted since the last call, over all processes; `*/deviation` are maxima."""
+        names = [names for names in self._family_names({tuple(self._sums): 0.0}) if names]
+        order = sorted({name for family in names for name in family})
+        means = {}
+        for name in order:
+            total = self.processes.add(self._sums.get(name, torch.zeros(2, dtype=torch.float64)))
+            if self.processes.count > 1 and name in ("grad_norm", "skipped"):
+                total = self._sums[name]  # the same number on every process
+            if name.endswith("/deviation"):
+                peaks = self.processes.gather(torch.tensor([self._peaks.get(name, 0.0)], dtype=torch.float64))
+                means[name] = float(peaks.max())
+            elif total[1] > 0:
+                means[name] = float(total[0] / total[1])
+        means["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        self._sums, self._peaks = {}, {}
+        return means
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, json) of the optimiser: moments per parameter name, and the number of updates."""
+        tensors = {}
+        for name, parameter in self.policy.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.detach()
+        return tensors, {"updates": self.updates}
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.updates = int(numbers["updates"])
+        for name, parameter in self.policy.trainable.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in tensors:
+                    place = "cpu" if key == "step" else parameter.device  # where AdamW keeps them
+                    self.optimizer.state[parameter][key] = tensors[f"{key}/{name}"].to(place).clone()
+
+
+def _families(result: Loss) -> dict[tuple[str, ...], Tensor]:
+    """Terms grouped by weights: (names) -> weight [B]. Two terms belong together when their weights are one tensor."""
+    by_weight: dict[int, tuple[list[str], Tensor]] = {}
+    for name, (_, weight) in result.terms.items():
+        by_weight.setdefault(id(weight), ([], weight))[0].append(name)
+    return {tuple(names): weight for names, weight in by_weight.values()}
