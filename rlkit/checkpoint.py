@@ -1,0 +1,131 @@
+"""Checkpoints: safetensors and json in a folder that appears whole or not at all.
+
+A checkpoint is written under a name that starts with a dot, flushed to the disk, and renamed. `manifest.json` holds the
+SHA-256 of every file, so that a torn or altered one is passed over for the one before. No pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlkit.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `at` finished training steps (counted over all stages)."""
+
+    at: int
+    folder: Path
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def save(run: Path, at: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
+    """Write one checkpoint, then drop all but the newest `keep`: nothing is touched before the new one is whole."""
+    from safetensors.torch import save_file
+
+    final = run / FOLDER / f"{at:06d}"
+    draft = run / FOLDER / f".{at:06d}-{os.getpid()}"
+    try:
+        for left in (run / FOLDER).glob(".*-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        draft.mkdir(parents=True)
+        # Clones, since safetensors refuses tensors that share memory.
+        copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        save_file(copies, draft / "tensors.safetensors")
+        (draft / "numbers.json").write_text(json.dumps(dict(numbers), indent=1))
+        sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        (draft / "manifest.json").write_text(json.dumps({"at": at, "sha256": sums}, indent=1))
+        for file in draft.iterdir():
+            _flush(file)
+        _flush(draft)
+        aside = draft.with_name(f".{at:06d}-replaced")
+        if final.exists():  # damaged, or of the end of the stage before: away in one move, since to delete takes long
+            os.rename(final, aside)
+        os.rename(draft, final)
+        _flush(final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise _explain(error, run, at) from error
+    except Exception as error:  # safetensors wraps an I/O error in its own exception
+        shutil.rmtree(draft, ignore_errors=True)
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise _explain(OSError(errno.ENOSPC, "No space left on device"), run, at) from error
+        raise
+    for old in _finished(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were written; None where there is none."""
+    for folder in reversed(_finished(run)):
+        fault = _fault(folder)
+        if fault is None:
+            return _load(folder)
+        log.warning("checkpoint %s is damaged (%s); trying the one before", folder, fault)
+    return None
+
+
+def _load(folder: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    numbers = json.loads((folder / "numbers.json").read_text())
+    return Checkpoint(int(folder.name), folder, load_file(folder / "tensors.safetensors"), numbers)
+
+
+def _finished(run: Path) -> list[Path]:
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted((f for f in folder.iterdir() if f.is_dir() and f.name.isdigit()), key=lambda f: int(f.name))
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, digest in manifest["sha256"].items():
+            if _sha256(folder / name) != digest:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _explain(error: OSError, run: Path, at: int) -> CheckpointError:
+    earlier = [folder.name for folder in _finished(run)]
+    kept = f"Checkpoint {earlier[-1]} is whole." if earlier else "There is no earlier checkpoint."
+    return CheckpointError(
+        f"could not write checkpoint {at:06d}: {error.strerror or error}",
+        where=str(run / FOLDER),
+        hint=f"{kept} Make room, then: rlkit train --resume {run}",
+    )
