@@ -1,0 +1,115 @@
+"""What a step and an evaluation say: numbers for metrics.jsonl, over all processes, and a sheet of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkit import advantage
+from rlkit.types import Samples, Scores
+
+SHEET = 24  # pictures on a sheet of samples
+COLUMNS = 8
+
+Gather = Callable[[Tensor], Tensor]  # [n, ...] of each process -> [sum n, ...] of all, in rank order
+
+
+def describe_scores(samples: Samples, scores: Scores, gather: Gather) -> dict[str, float]:
+    """A training step's rewards over all processes: total, by reward and by component."""
+    group, scored, total = gather(samples.group), gather(scores.scored), gather(scores.total)
+    row = {"reward/mean": _mean(total, scored), "reward/std": _std(total, scored)}
+    sizes = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, scored.double())
+    means = torch.zeros_like(sizes).index_add(0, group, total.double() * scored) / sizes.clamp(min=1)
+    spread = (total.double() - means[group]).square() * scored
+    variance = torch.zeros_like(sizes).index_add(0, group, spread) / sizes.clamp(min=1)
+    row["reward/group_std"] = float(variance.sqrt().mean())
+    for i, name in enumerate(scores.names):
+        row[f"{name}/mean"] = _mean(gather(scores.raw[:, i]), gather(scores.valid[:, i]))
+    for name, values in _components(scores, gather).items():
+        everywhere = gather(values)
+        row[name] = _mean(everywhere, torch.isfinite(everywhere))
+    row["zero_std"] = advantage.zero_std_fraction(total, group, scored)
+    row["unscored"] = 1.0 - float(scored.double().mean())
+    return row
+
+
+def describe_held_out(samples: Samples, scores: Scores, gather: Gather) -> dict[str, float]:
+    """Held-out means of the total and of every component: with standard errors, and by kind of prompt."""
+    components = _components(scores, gather)
+    columns = {"reward": torch.where(scores.scored, scores.total, torch.nan)}
+    columns |= {_short(name, components): values for name, values in components.items()}
+    kinds = {prompt.kind for prompt in samples.prompts if prompt.kind}
+    row: dict[str, float] = {}
+    for name, here in columns.items():
+        values = gather(here).double()
+        finite = torch.isfinite(values)
+        row[f"held_out/{name}"] = _mean(values, finite)
+        row[f"held_out/{name}_se"] = _std(values, finite) / max(1, int(finite.sum())) ** 0.5
+    for kind in sorted(_everywhere(sorted(kinds), gather)):
+        of_kind = gather(torch.tensor([prompt.kind == kind for prompt in samples.prompts], dtype=torch.bool))
+        for name, here in columns.items():
+            values = gather(here)
+            row[f"held_out/{name}/{kind}"] = _mean(values, of_kind & torch.isfinite(values))
+    return row
+
+
+def _components(scores: Scores, gather: Gather) -> dict[str, Tensor]:
+    """The components that any process has, NaN where this one has not: without samples, or after a failed reward."""
+    missing = torch.full((len(scores.raw),), torch.nan)
+    return {name: scores.components.get(name, missing) for name in _everywhere(list(scores.components), gather)}
+
+
+def _everywhere(names: list[str], gather: Gather) -> list[str]:
+    """The names that any process knows, so that all walk through the same list."""
+    letters = gather(torch.tensor(list("".join(f"{name}\n" for name in names).encode()), dtype=torch.int64))
+    return [name for name in dict.fromkeys(bytes(letters.tolist()).decode().split("\n")) if name]
+
+
+def _short(component: str, components: Mapping[str, Tensor]) -> str:
+    """`strict` for `composition/strict`, unless another reward has a component of that name."""
+    ends = [name.split("/", 1)[1] for name in components]
+    end = component.split("/", 1)[1]
+    return end if ends.count(end) == 1 else component
+
+
+def _mean(values: Tensor, which: Tensor) -> float:
+    return float(values[which].double().mean()) if bool(which.any()) else float("nan")
+
+
+def _std(values: Tensor, which: Tensor) -> float:
+    return float(values[which].double().std(correction=0)) if bool(which.any()) else float("nan")
+
+
+def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: Scores) -> Path:
+    """The first pictures of an evaluation as one PNG without gaps, and beside it what each one is and scored."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    media = samples.media[:SHEET]
+    count, channels, height, width = media.shape
+    rows = -(-count // COLUMNS)
+    sheet = torch.zeros(channels, rows * height, COLUMNS * width)
+    reward = torch.where(scores.scored, scores.total, torch.nan)
+    items = []
+    for i in range(count):
+        top, left = i // COLUMNS * height, i % COLUMNS * width
+        sheet[:, top : top + height, left : left + width] = media[i]
+        item = {"prompt": samples.prompts[i].text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
+        parts = scores.components
+        items.append(item | {_short(name, parts): _number(values[i]) for name, values in parts.items()})
+    name = folder / f"{row['at']:06d}"
+    pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(name.with_suffix(".png"))
+    described = {"stage": row["stage"], "step": row["step"], "at": row["at"]}
+    described |= {"tile": width, "columns": COLUMNS, "items": items}
+    name.with_suffix(".json").write_text(json.dumps(described, indent=1))
+    return name.with_suffix(".png")
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(torch.isfinite(value)) else None

@@ -1,0 +1,493 @@
+"""The loop: plan, sample, score, make rows, step, refresh, push, report; and around it stages, checkpoints, evaluation.
+
+One loop for all algorithms. A stage is one such loop; a curriculum is stages in order that share the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlkit import checkpoint
+from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
+from rlkit.dist import Processes
+from rlkit.errors import CheckpointError, DataError, RlkitError
+from rlkit.learner import Learner, LearnerOptions
+from rlkit.policy import Lora, Policy
+from rlkit.record import describe_held_out, describe_scores, write_sheet
+from rlkit.scoring import Scoring, WeightedReward
+from rlkit.sync import SharedMemory
+from rlkit.tracking import Tracker
+from rlkit.types import Context, Plan, Prompt, Samples, Scores, State
+
+
+class Interrupted(RlkitError):
+    """The run was asked to stop, and has saved itself."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What concerns the run as a whole and not what it learns."""
+
+    seed: int = 0
+    dir: str | None = None  # the run folder; None: runs/RECIPE-TIME
+    checkpoint_every: int = 20  # training steps
+    keep_checkpoints: int = 2
+    deterministic: bool = False  # refuse operations whose result may vary from run to run
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network; step maths and weights stay fp32
+    max_unscored: float = 0.1  # stop when a reward leaves more than this share of a step's samples without a number
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    threads: int | None = None  # of torch, in each process; None: torch's own choice
+
+    def __post_init__(self) -> None:
+        counts = {"checkpoint_every": self.checkpoint_every, "keep_checkpoints": self.keep_checkpoints}
+        for name, value in (counts | {"threads": 1 if self.threads is None else self.threads}).items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, not {value}")
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"max_unscored is a share within 0..1, not {self.max_unscored}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sampling of held-out prompts without exploration noise, always with the same initial noise."""
+
+    every: int = 20  # training steps; 0: only first and last
+    held_out: int = 256  # pictures
+    ends: int | None = None  # pictures of the stage's first and last evaluation; None: as many as the others
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("held_out", self.held_out), ("ends", self.ends or 0)):
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more, not {value}")
+
+
+@dataclass(frozen=True)
+class Until:
+    """End a stage before its steps are over: once an evaluation's `metric` is above a number."""
+
+    metric: str
+    above: float
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    backbone: Any
+    lora: Lora | None  # None: full fine-tuning
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    data: WorldPrompts | FilePrompts
+    rollout: Any
+    algorithm: Any
+    rewards: tuple[WeightedReward, ...]
+    learner: LearnerOptions
+    evaluate: Evaluation
+    steps: int
+    until: Until | None = None
+    anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe with its components built; `recipe` is its text, fully resolved."""
+
+    options: RunOptions
+    policy: PolicyOptions
+    stages: tuple[Stage, ...]
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- one stage -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stop:
+    """Whether somebody has asked the run to end: one for all of its stages, so that none forgets it."""
+
+    asked: bool = False
+
+
+class Run:
+    """A stage under way: everything that its loop touches."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        stage: Stage,
+        policy: Policy,
+        processes: Processes,
+        tracker: Tracker,
+        folder: Path,
+        offset: int = 0,
+        stop: Stop | None = None,
+    ) -> None:
+        self.setup, self.stage, self.policy, self.processes = setup, stage, policy, processes
+        self.tracker, self.folder = tracker, folder
+        self.offset = offset  # training steps of the stages before
+        self.done = 0  # finished steps of this stage
+        self.algorithm = stage.algorithm
+        self.learner = Learner(policy, stage.learner, processes)
+        self.rollout = stage.rollout.start(policy, processes)
+        self.prompts = stage.data.open()
+        self.scoring = Scoring(stage.rewards, setup.options.max_unscored)
+        self.sync = SharedMemory()
+        self.state: State = stage.algorithm.start()
+        self.clock: dict[str, float] = {}
+        self.over = False
+        self.goal_reached = False  # the stage's `until`
+        self.saved: int | None = None  # `done` of the newest checkpoint
+        self.stop = stop or Stop()
+
+    @property
+    def at(self) -> int:
+        return self.offset + self.done
+
+    def context(self, step: int, stage: str | None = None) -> Context:
+        return Context(
+            seed=self.setup.options.seed,
+            stage=stage or self.stage.name,
+            step=step,
+            sampling_steps=self.stage.rollout.steps,
+            state=self.state,
+            gather=self.processes.gather,
+        )
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. Between two of them the run looks whether it should stop."""
+        while not self.over:
+            self.stop_if_asked()
+            yield self.done
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Interrupted if one process was asked to stop: on all of them alike."""
+        if self.processes.any(self.stop.asked):
+            if self.saved != self.done:
+                self.save()
+            raise Interrupted(
+                f"stopped after step {self.done} of {self.stage.steps}, and saved",
+                where=f"stages.{self.stage.name}",
+                hint=f"Go on with: rlkit train --resume {self.folder}",
+            )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.clock[phase] = self.clock.get(phase, 0.0) + time.monotonic() - started
+
+    def report(self, step: int, samples: Samples, scores: Scores) -> None:
+        """Close a step: its row of metrics, then the evaluation and the checkpoint that are due."""
+        self.done = step + 1
+        learned = self.learner.metrics()
+        row = {"kind": "train", "stage": self.stage.name, "step": self.done, "at": self.at}
+        row |= describe_scores(samples, scores, self.processes.gather) | learned
+        row |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.items()} | {"samples": samples.total}
+        self.clock = {}
+        self.tracker.write(row)
+        self.over = self.done >= self.stage.steps
+        every = self.stage.evaluate.every
+        if self.over or (every and self.done % every == 0):
+            self.goal_reached = self.evaluate(end=self.over)
+            self.over = self.over or self.goal_reached
+        if self.over or self.done % self.setup.options.checkpoint_every == 0:
+            self.save()
+
+    def evaluate(self, end: bool) -> bool:
+        """Score the held-out prompts. True when the stage's goal, `until`, is reached."""
+        sizes = self.stage.evaluate
+        count = sizes.ends or sizes.held_out if end else sizes.held_out
+        prompts = self.prompts.held_out(count)
+        if not prompts:
+            return False
+        started = time.monotonic()
+        samples, scores = self.sample_held_out(prompts)
+        row: dict[str, Any] = {"kind": "evaluation", "stage": self.stage.name, "step": self.done, "at": self.at}
+        row |= describe_held_out(samples, scores, self.processes.gather)
+        row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
+        if self.processes.first:
+            sheet = write_sheet(self.folder / "samples", row, samples, scores)
+            self.tracker.image(sheet, self.at)
+        self.tracker.write(row)
+        until = self.stage.until
+        return until is not None and row.get(until.metric, float("-inf")) > until.above
+
+    def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
+        samples = self.rollout.collect(PromptBatch(prompts, 1), Plan(), self.context(0, "evaluate"))
+        return samples, self.scoring(samples, self.processes.gather)
+
+    def warn_of_unread_words(self) -> None:
+        """Count a user's prompts that the text encoder cannot read as they are written."""
+        texts = self.prompts.texts()
+        unread = {text: words for text in texts if (words := self.policy.model.unread(text))}
+        if unread:
+            text, words = next(iter(unread.items()))
+            warning = (
+                f"warning: {len(unread)} of {len(texts)} prompts have words that the text encoder cannot read, "
+                f"for instance {', '.join(map(repr, words))} in {text!r}"
+            )
+            row = {"kind": "event", "event": "unknown_words", "stage": self.stage.name, "step": 0, "at": self.at}
+            self.tracker.write(row | {"text": warning, "count": len(unread)})
+
+    def anchor(self) -> None:
+        """Make the set that the algorithm measures its KL from. A copy of the stage's start is in the checkpoints."""
+        if not self.algorithm.needs().reference:
+            self.policy.drop("reference")
+        elif self.stage.anchor == "base":
+            self.policy.keep("reference", self.policy.base)
+        elif self.stage.anchor == "ema":
+            self.policy.keep("reference", self.policy.sets["ema"])
+        elif self.done == 0:
+            self.policy.keep("reference")
+
+    def save(self) -> None:
+        if self.processes.first:
+            optimizer, numbers = self.learner.state()
+            remembered = {k: v for k, v in self.state.items() if isinstance(v, Tensor)}
+            tensors = {f"policy/{k}": v for k, v in self.policy.state().items()}
+            tensors |= {f"optimizer/{k}": v for k, v in optimizer.items()}
+            tensors |= {f"state/{k}": v for k, v in remembered.items()}
+            tensors["rng/torch"] = torch.get_rng_state()  # rlkit draws nothing from it; a reward of somebody's may
+            described = {
+                "stage": self.stage.name,
+                "done": self.done,
+                "reached": asdict(self.stage.until) if self.stage.until and self.goal_reached else None,
+                "learner": numbers,
+                "state": {k: v for k, v in self.state.items() if not isinstance(v, Tensor)},
+                "recipe": self.setup.recipe,
+            }
+            checkpoint.save(self.folder, self.at, tensors, described, self.setup.options.keep_checkpoints)
+        self.saved = self.done
+        self.processes.wait()
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+
+        self.policy.load_state(part("policy/"))
+        self.learner.load_state(part("optimizer/"), saved.numbers["learner"])
+        self.state.update(part("state/") | saved.numbers["state"])
+        torch.set_rng_state(saved.tensors["rng/torch"])
+        self.done = self.saved = int(saved.numbers["done"])
+        self.offset = saved.at - self.done
+        # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.
+        until = asdict(self.stage.until) if self.stage.until else None
+        self.goal_reached = until is not None and until == saved.numbers["reached"]
+        self.over = self.goal_reached or self.done >= self.stage.steps
+        self.anchor()
+
+
+def train(run: Run) -> None:
+    """The loop of one stage."""
+    for step in run.steps():
+        context = run.context(step)
+        with run.timed("sample"):
+            plan = run.algorithm.plan(context)
+            prompts = run.prompts.draw(run.setup.options.seed, run.stage.name, step)
+            samples = run.rollout.collect(prompts, plan, context)
+        with run.timed("score"):
+            scores = run.scoring(samples, run.processes.gather)
+        with run.timed("train"):
+            rows = run.algorithm.rows(samples, scores, context)
+            for epoch in range(run.stage.learner.epochs):
+                for batch in rows.batches(run.stage.learner.batch, context, epoch):
+                    run.learner.step(run.algorithm.loss, run.policy.models, batch)
+            run.algorithm.after(run.policy, context)
+            run.sync.push(run.rollout, version=step + 1)
+        run.report(step, samples, scores)
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    setup: Setup,
+    folder: Path,
+    processes: Processes,
+    resume: bool = False,
+    command: str = "",
+    started: float | None = None,
+    quiet: bool = False,
+) -> None:
+    """Train every stage in order and leave the record in `folder`.
+
+    `started`: a `time.monotonic()` from before the imports, so that the seconds of the start are known. With `resume`
+    the run goes on after its newest whole checkpoint, or from the beginning if it has none.
+    Raises Interrupted once the run was asked to stop and has saved itself; CheckpointError, RewardError, DataError.
+    """
+    started = time.monotonic() if started is None else started
+    saved = checkpoint.newest(folder) if resume else None
+    if saved:
+        same_recipe(setup, saved)
+    _prepare(setup, folder, processes, command, resume)
+    tracker = Tracker(folder, config=setup.recipe, wandb=setup.options.wandb, quiet=quiet, first=processes.first)
+
+    def event(name: str, stage: str, step: int, at: int, **more: Any) -> None:
+        tracker.write({"kind": "event", "event": name, "stage": stage, "step": step, "at": at} | more)
+
+    try:
+        policy = load_policy(setup, processes)
+        names = [stage.name for stage in setup.stages]
+        first, at = (names.index(saved.numbers["stage"]), saved.at) if saved else (0, 0)
+        begun = first + 1 if saved and saved.numbers["done"] else first
+        tracker.rewind(saved.at if saved else -1, names[begun:])
+        if resume:
+            text = f"resumed after step {at}" if saved else "no whole checkpoint: resumed from the start"
+            event("resumed", names[first], 0, at, text=text)
+            tracker.say(text)
+        event("started", names[first], 0, at, **{"seconds/start": time.monotonic() - started})
+        with _stop_on_signal(tracker) as stop:
+            for stage in setup.stages[first:]:
+                under_way = Run(setup, stage, policy, processes, tracker, folder, at, stop)
+                under_way.anchor()
+                if saved and saved.numbers["stage"] == stage.name:
+                    under_way.restore(saved)
+                tracker.stage(stage.name, stage.steps, under_way.done)
+                if under_way.done == 0:
+                    under_way.stop_if_asked()
+                    under_way.warn_of_unread_words()
+                    under_way.evaluate(end=True)
+                train(under_way)
+                at = under_way.at
+        if processes.first:
+            total = {"seconds/total": time.monotonic() - started}
+            event("finished", names[-1], under_way.done, at, **total, load=policy.export(folder / "weights"))
+    finally:
+        tracker.close()
+
+
+def load_policy(setup: Setup, processes: Processes | None = None, folder: Path | None = None) -> Policy:
+    """The recipe's policy as its backbone gives it, or with the weights of a run folder's newest checkpoint."""
+    processes = processes or Processes()
+    options = setup.options
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(options.deterministic)
+    model = setup.policy.backbone.load(processes.device, torch.float32)
+    policy = Policy(model, setup.policy.lora, processes.device, options.precision, options.seed)
+    processes.same_everywhere(policy.trainable.values())
+    if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
+        policy.keep_base()
+    if folder is not None:
+        saved = checkpoint.newest(folder)
+        if saved is None:
+            raise CheckpointError("no whole checkpoint", where=str(folder), hint="Give a run folder that has one.")
+        policy.load_state({k.removeprefix("policy/"): v for k, v in saved.tensors.items() if k.startswith("policy/")})
+    return policy
+
+
+def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0) -> Tensor:
+    """Pictures [len(prompts) * n, C, H, W]: n of each prompt, sampled without exploration noise."""
+    rows = tuple(Prompt(id=i, text=text) for i, text in enumerate(prompts))
+    context = Context(seed, "sample", 0, setup.stages[-1].rollout.steps, {}, Processes().gather)
+    rollout = setup.stages[-1].rollout.start(policy, Processes())
+    media: Tensor = rollout.collect(PromptBatch(rows, n), Plan(), context).media
+    return media
+
+
+def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, float]:
+    """The last stage's held-out scores of the backbone, or of a run folder's newest checkpoint."""
+    policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
+    prompts = stage.data.open().held_out(count)
+    if not prompts:
+        raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")
+    context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
+    samples = stage.rollout.start(policy, Processes()).collect(PromptBatch(prompts, 1), Plan(), context)
+    scores = Scoring(stage.rewards, setup.options.max_unscored)(samples, Processes().gather)
+    return describe_held_out(samples, scores, Processes().gather) | {"count": len(prompts)}
+
+
+def same_recipe(setup: Setup, saved: checkpoint.Checkpoint) -> None:
+    """Refuse a checkpoint of another recipe. What cannot change the numbers so far may differ."""
+    then, now = _flat(saved.numbers["recipe"]), _flat(setup.recipe)
+    differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not _harmless(key)]
+    if differ:
+        changes = ", ".join(f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in differ)
+        raise CheckpointError(
+            f"this checkpoint is of another recipe: {changes}",
+            where=str(saved.folder),
+            hint="Resume with the run's own recipe, or start a new run.",
+        )
+
+
+def _harmless(key: str) -> bool:
+    parts = key.split(".")
+    if parts[0] == "run":
+        return parts[1] not in ("seed", "precision", "deterministic")
+    return parts[0] == "stages" and len(parts) > 2 and parts[2] in ("evaluate", "steps", "until", "expect")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _prepare(setup: Setup, folder: Path, processes: Processes, command: str, resume: bool) -> None:
+    """The files that say what the run is. A resumed run keeps those of its start."""
+    if processes.first:
+        import yaml
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (resume and (folder / "environment.json").exists()):
+            (folder / "environment.json").write_text(json.dumps(environment(processes, command), indent=1) + "\n")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(setup.recipe, sort_keys=False, allow_unicode=True))
+    processes.wait()
+
+
+def environment(processes: Processes, command: str) -> dict[str, Any]:
+    """Where the run ran, for its report."""
+    versions = {"python": platform.python_version()}
+    for name in ("rlkit-visual", "torch", "diffusers", "transformers", "peft", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a distribution"
+    return {
+        "command": command or " ".join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": processes.count,
+        "device": str(processes.device),
+    }
+
+
+@contextmanager
+def _stop_on_signal(tracker: Tracker) -> Iterator[Stop]:
+    """Ctrl+C or a polite kill ends the run after the step under way; a second one ends it at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        with suppress(RuntimeError):  # the signal came in the middle of another print, which cannot be entered twice
+            tracker.say("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
