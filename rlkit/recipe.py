@@ -1,0 +1,317 @@
+"""Recipes: composed values -> a checked `Setup`.
+
+`resolve` builds the entries, so that a wrong name, option or type is found by the entry that owns it, and fills in the
+defaults; `check` looks at what fits together, without any weights; `read` composes, resolves and checks, and a message
+then begins with the file and line that caused it, or says that it was the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlkit import registry, sources
+from rlkit.errors import RecipeError, RlkitError, nearest
+from rlkit.sources import ENTRIES, TOP, Recipe, is_number, known
+
+if TYPE_CHECKING:
+    from rlkit.policy import Lora
+    from rlkit.scoring import WeightedReward
+    from rlkit.trainer import PolicyOptions, Setup, Stage
+    from rlkit.types import Needs
+
+STAGE = (*ENTRIES, "rewards", "learner", "evaluate", "train", "steps", "until", "anchor", "expect")
+REQUIRED = (*ENTRIES, "rewards", "learner", "steps")
+
+
+def read(name_or_path: str, overrides: Sequence[str] = ()) -> Setup:
+    """The recipe, composed, resolved and checked. Every error says where its cause was written."""
+    composed = sources.compose(name_or_path, overrides)
+    try:
+        setup = resolve(composed.values)
+        check(setup)
+    except RlkitError as error:
+        error.where = composed.place(error)
+        raise
+    return setup
+
+
+def compose(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The merged recipe as plain values. Only its shape is known to be right: entries are looked up by `resolve`."""
+    return sources.compose(name_or_path, overrides).values
+
+
+# ------------------------------------------------------------------------------------------------- resolving
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a stage says about itself, beside its entries."""
+
+    steps: int
+    anchor: Literal["base", "stage_start", "ema"] = "base"
+    expect: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, not {self.steps}")
+
+
+def resolve(recipe: Mapping[str, Any]) -> Setup:
+    """The recipe with every entry built and every default filled in. `Setup.recipe` resolves to the same again."""
+    from rlkit.trainer import RunOptions, Setup
+
+    known(recipe, TOP)
+    options = registry.construct(RunOptions, _mapping(recipe.get("run"), "run"), "run", what="run")
+    policy, plain_policy = _policy(_mapping(recipe.get("policy"), "policy"))
+    stages = _mapping(recipe.get("stages"), "stages")
+    built = [_stage(str(name), stage) for name, stage in stages.items() if stage is not None]
+    if not built:
+        raise RecipeError("a recipe needs a stage.", where="stages", hint="One alone is called main.")
+    plain = {"run": _plain(options), "policy": plain_policy, "stages": {stage.name: one for stage, one in built}}
+    return Setup(options=options, policy=policy, stages=tuple(stage for stage, _ in built), recipe=plain)
+
+
+def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
+    from rlkit.trainer import PolicyOptions
+
+    known(node, ("backbone", "train"), "policy")
+    backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
+    lora, train = _train(_mapping(node.get("train"), "policy.train"))
+    return PolicyOptions(backbone=backbone, lora=lora), {"backbone": plain, "train": train}
+
+
+def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
+    """(LoRA, or None for all weights; the same as YAML)."""
+    from rlkit.policy import Lora
+
+    known(node, ("full", "lora"), "policy.train")
+    full, lora = node.get("full"), node.get("lora")
+    if node and (full not in (None, True, False) or (full is True) == (lora is not None)):
+        hint = "Write one of {full: true} and {lora: {rank: 16}}."
+        raise RecipeError("either all weights train or LoRA does.", where="policy.train", hint=hint)
+    if lora is None:
+        return None, {"full": True}
+    adapters = registry.construct(Lora, _mapping(lora, "policy.train.lora"), "policy.train.lora", what="lora")
+    return adapters, {"lora": _plain(adapters)}
+
+
+def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
+    from rlkit.learner import LearnerOptions
+    from rlkit.trainer import Evaluation, Stage, Until
+
+    where = f"stages.{name}"
+    node = _mapping(node, where)
+    known(node, STAGE, where)
+    if node.get("train") is not None:
+        raise RecipeError("policy.train says what trains.", where=f"{where}.train", hint="Leave it out, or null.")
+    lacking = [key for key in REQUIRED if node.get(key) is None]
+    if lacking:
+        raise RecipeError(f"a stage needs {', '.join(lacking)}.", where=where)
+    data, plain_data = _entry("data", node.get("data"), f"{where}.data")
+    rollout, plain_rollout = _entry("rollouts", node.get("rollout"), f"{where}.rollout")
+    algorithm, plain_algorithm = _entry("algorithms", node.get("algorithm"), f"{where}.algorithm")
+    rewards, plain_rewards = _rewards(node.get("rewards"), f"{where}.rewards")
+    at = f"{where}.learner"
+    learner = registry.construct(LearnerOptions, _mapping(node.get("learner"), at), at, what="learner")
+    at = f"{where}.evaluate"
+    evaluate = registry.construct(Evaluation, _mapping(node.get("evaluate"), at), at, what="evaluate")
+    at = f"{where}.until"
+    limit = _mapping(node.get("until"), at)
+    until = registry.construct(Until, limit, at, what="until") if limit else None
+    given = {key: node[key] for key in ("steps", "anchor", "expect") if node.get(key) is not None}
+    numbers: _Numbers = registry.construct(_Numbers, given, where, what=f"stage {name!r}")
+    stage = Stage(
+        name=name,
+        data=data,
+        rollout=rollout,
+        algorithm=algorithm,
+        rewards=rewards,
+        learner=learner,
+        evaluate=evaluate,
+        steps=numbers.steps,
+        until=until,
+        anchor=numbers.anchor,
+    )
+    return stage, {
+        "data": plain_data,
+        "rollout": plain_rollout,
+        "algorithm": plain_algorithm,
+        "rewards": plain_rewards,
+        "learner": _plain(learner),
+        "evaluate": _plain(evaluate),
+        "steps": numbers.steps,
+        "until": _plain(until),
+        "anchor": numbers.anchor,
+        "expect": dict(numbers.expect),
+    }
+
+
+def _entry(kind: str, node: Any, where: str) -> tuple[Any, Recipe]:
+    """A name with its options -> (the entry, all its options as YAML)."""
+    from rlkit.data import DATA
+
+    node = {"name": node} if isinstance(node, str) else _mapping(node, where)
+    name = node.get("name")
+    if not isinstance(name, str) or not name:
+        known = ", ".join(DATA if kind == "data" else registry.names(kind))
+        raise RecipeError("needs a name.", where=where, hint=f"Known: {known}.")
+    options = {key: value for key, value in node.items() if key != "name"}
+    if kind != "data":
+        entry = registry.build(kind, name, options, where)
+    elif name in DATA:
+        entry = registry.construct(DATA[name], options, where, what=f"data {name!r}")
+    else:
+        hint = f"Known: {', '.join(DATA)}."
+        raise RecipeError(f"no data named {name!r}.{nearest(name, DATA)}", where=where, hint=hint)
+    return entry, {"name": name, **(_plain(entry) if dataclasses.is_dataclass(entry) else options)}
+
+
+def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]:
+    from rlkit.scoring import WeightedReward
+
+    rewards, plain = [], {}
+    for name, value in _mapping(node, where).items():
+        if value is None:
+            continue
+        at = f"{where}.{name}"
+        options = {"weight": value} if is_number(value) else dict(_mapping(value, at))
+        weight = options.pop("weight", 1.0)
+        if not is_number(weight) or not math.isfinite(weight):
+            hint = "Write NAME: 1.0 or NAME: {weight: 1.0, OPTION: VALUE}."
+            raise RecipeError(f"must be a number, not {weight!r}.", where=f"{at}.weight", hint=hint)
+        reward = registry.build("rewards", name, options, at)
+        own = _plain(reward) if dataclasses.is_dataclass(reward) else options
+        rewards.append(WeightedReward(name, reward, float(weight)))
+        plain[name] = {"weight": float(weight), **own}
+    if not rewards:
+        hint = f"Write for instance {{NAME: 1.0}}; known: {', '.join(registry.names('rewards'))}."
+        raise RecipeError("a stage needs a reward.", where=where, hint=hint)
+    return tuple(rewards), plain
+
+
+# -------------------------------------------------------------------------------------------------- checking
+
+
+def check(setup: Setup) -> None:
+    """Refuse what cannot work together, before anything is loaded."""
+    for stage in setup.stages:
+        where = f"stages.{stage.name}"
+        needs: Needs = stage.algorithm.needs()
+        _check_kinds(setup.policy.backbone, stage, needs, where)
+        _check_gives(stage, needs, where)
+        _check_sizes(stage, needs, where)
+        _check_ending(stage, where, setup.recipe["stages"][stage.name]["expect"])
+
+
+def _check_kinds(backbone: Any, stage: Stage, needs: Needs, where: str) -> None:
+    for key, kind in (("policy.backbone", _kind(backbone)), (f"{where}.rollout", _kind(stage.rollout))):
+        if kind is not None and kind != needs.kind:
+            what = f"is for {kind}, but the algorithm of stage {stage.name!r} needs {needs.kind}."
+            raise RecipeError(what, where=key, hint="Choose an algorithm and a policy of one kind.")
+
+
+def _kind(entry: Any) -> str | None:
+    return getattr(entry, "kind", None)  # of a third party's entry that does not say, nothing is known
+
+
+def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
+    gives = getattr(stage.rollout, "gives", ())
+    lacking = [word for word in ("path", "log_prob", "previews") if getattr(needs, word) and word not in gives]
+    if lacking:
+        what = f"the algorithm needs {' and '.join(lacking)} of each sample, which this rollout does not give."
+        hint = f"It gives: {', '.join(gives)}." if gives else "It gives finished samples only."
+        raise RecipeError(what, where=f"{where}.rollout", hint=hint)
+    given = {"image", *getattr(stage.data, "gives", ("prompt",))}
+    for reward in stage.rewards:
+        for word in getattr(reward.reward, "reads", ()):
+            if word not in given:
+                what = f"reads {word!r}, which the data does not give."
+                hint = f"It gives: {', '.join(sorted(given))}."
+                raise RecipeError(what, where=f"{where}.rewards.{reward.name}", hint=hint)
+    if not any(reward.weight for reward in stage.rewards):
+        raise RecipeError("all weights are 0: nothing would be learned.", where=f"{where}.rewards")
+    if stage.anchor == "ema" and stage.learner.ema is None:
+        hint = f"Set {where}.learner.ema, for instance to 0.99."
+        raise RecipeError("there is no average of the weights to refer to.", where=f"{where}.anchor", hint=hint)
+
+
+def _check_sizes(stage: Stage, needs: Needs, where: str) -> None:
+    if stage.data.group < needs.group:
+        what = f"must be {needs.group} or more, not {stage.data.group}: rewards are compared within a group."
+        raise RecipeError(what, where=f"{where}.data.group")
+    if needs.path:
+        _check_window(stage, needs, where)
+    rows = rows_per_step(stage)
+    batch = stage.learner.batch
+    if rows is not None and rows % batch:
+        divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+        near = {max(d for d in divisors if d < batch), min((d for d in divisors if d > batch), default=rows)}
+        counted = f"{stage.data.per_step} prompts x {stage.data.group} x {_recorded(stage, needs)} recorded steps"
+        what = f"{batch} does not divide the {rows} rows of a step ({counted})."
+        hint = f"Use {' or '.join(map(str, sorted(near)))}."
+        raise RecipeError(what, where=f"{where}.learner.batch", hint=hint)
+
+
+def _check_window(stage: Stage, needs: Needs, where: str) -> None:
+    steps = stage.rollout.steps
+    if needs.window is None and needs.last_start:
+        hint = f"Give {where}.algorithm.window too."
+        raise RecipeError("a window that moves (window_start) needs a length.", where=f"{where}.algorithm", hint=hint)
+    if needs.window is None and steps < 2:
+        what = f"{steps} sampling step leaves none to record: the last one is not."
+        raise RecipeError(what, where=f"{where}.rollout.steps", hint="Use 2 or more.")
+    last = needs.last_start + (needs.window or 1)
+    if last > steps:
+        what = (
+            f"window: {needs.window} steps from {needs.last_start} on (window_start) end after step {steps}, the last."
+        )
+        hint = f"Start it at {max(0, steps - (needs.window or 1))} or before, or raise {where}.rollout.steps."
+        raise RecipeError(what, where=f"{where}.algorithm", hint=hint)
+
+
+def rows_per_step(stage: Stage) -> int | None:
+    """How many rows a training step gives to the learner; None where only the algorithm knows."""
+    needs: Needs = stage.algorithm.needs()
+    return stage.data.per_step * stage.data.group * _recorded(stage, needs) if needs.path else None
+
+
+def _recorded(stage: Stage, needs: Needs) -> int:
+    return int(needs.window or stage.rollout.steps - 1)
+
+
+def _check_ending(stage: Stage, where: str, expect: Mapping[str, str]) -> None:
+    from rlkit.tracking import HELD_OUT, Expectation
+
+    for metric, rule in expect.items():
+        Expectation.parse(rule, where=f"{where}.expect.{metric}")
+    if stage.until is not None and not stage.until.metric.startswith(HELD_OUT):
+        what = f"a stage ends on what an evaluation measures, not on {stage.until.metric!r}."
+        hint = f"Write for instance {HELD_OUT}strict."
+        raise RecipeError(what, where=f"{where}.until.metric", hint=hint)
+
+
+# --------------------------------------------------------------------------------------------------- shapes
+
+
+def _mapping(node: Any, where: str) -> Mapping[str, Any]:
+    if node is None:
+        return {}
+    if not isinstance(node, Mapping):
+        raise RecipeError(f"must be a mapping, not {node!r}.", where=where, hint="Write key: value below it.")
+    return node
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass, a tuple or a path as YAML has it."""
+    if dataclasses.is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value) if one.init}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

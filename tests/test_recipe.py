@@ -1,0 +1,364 @@
+"""Recipes: what is merged from where, what is refused, and whether the message says what, where and what instead."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlkit import recipe, registry, sources
+from rlkit.errors import DataError, PluginError, RecipeError, RlkitError
+from rlkit.types import Needs
+
+QUICKSTART = registry.recipes()["quickstart"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Recipes are found from any working directory, and files of the user's from this one."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, text: str) -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(RlkitError) as caught:
+        recipe.read(name, overrides)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- what is merged
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_every_recipe_is_sound_and_opens_with_its_command(name):
+    setup = recipe.read(name)
+    assert [stage.name for stage in setup.stages] == list(setup.recipe["stages"])
+    comment = [line for line in registry.recipes()[name].read_text().splitlines() if line.startswith("#")]
+    assert f"#   rlkit train {name}" in comment
+
+
+@pytest.mark.parametrize("name", registry.recipes())
+def test_a_resolved_recipe_resolves_to_the_same_setup(name):
+    setup = recipe.read(name)
+    text = yaml.safe_dump(setup.recipe, sort_keys=False)  # what a run folder holds
+    assert recipe.read(write("recipe.yaml", text)) == setup
+
+
+def test_the_resolved_recipe_has_every_option_with_its_value():
+    setup = recipe.read("quickstart")
+    stage = setup.stages[0]
+    for entry, plain in ((stage.algorithm, "algorithm"), (stage.rollout, "rollout"), (stage.learner, "learner")):
+        written = setup.recipe["stages"]["main"][plain]
+        assert {field.name for field in dataclasses.fields(entry)} == written.keys() - {"name"}
+    assert setup.recipe["run"].keys() == {field.name for field in dataclasses.fields(setup.options)}
+
+
+def test_a_users_file_extends_a_built_in_recipe():
+    name = write(
+        "mine.yml",
+        "defaults: [quickstart, _self_]\n"
+        "run: {seed: 7}\n"
+        "stages:\n"
+        "  main:\n"
+        "    learner: {lr: 1e-4}\n"
+        "    rewards: {composition: 0.5}\n",
+    )
+    ours, theirs = recipe.read("quickstart").recipe, recipe.read(name).recipe
+    assert theirs["run"]["seed"] == 7
+    main = theirs["stages"]["main"]
+    assert main["learner"]["lr"] == 1e-4  # plain YAML reads text here
+    assert main["rewards"] == {"composition": {"weight": 0.5, "score": "mixed"}}
+    assert main["algorithm"] == ours["stages"]["main"]["algorithm"]
+
+
+def test_a_file_may_have_the_name_of_the_recipe_that_it_extends():
+    write("quickstart.yaml", "defaults: [quickstart]\nrun: {seed: 3}\n")
+    assert recipe.compose("./quickstart.yaml")["run"]["seed"] == 3
+    assert recipe.compose("quickstart")["run"]["seed"] == 0
+
+
+def test_files_extend_their_neighbours_and_the_last_word_wins():
+    Path("deep").mkdir()
+    write("deep/a.yaml", "defaults: [quickstart]\nrun: {seed: 1, threads: 1}\n")
+    write("deep/b.yaml", "defaults: [a, _self_]\nrun: {seed: 2}\n")
+    write("deep/c.yaml", "defaults: [_self_, ./a]\nrun: {seed: 2}\n")
+    run = recipe.compose("deep/b.yaml")["run"]
+    assert (run["seed"], run["threads"], run["deterministic"]) == (2, 1, False)
+    assert recipe.compose("deep/c.yaml")["run"]["seed"] == 1
+
+
+def test_stages_are_added_in_order_and_taken_away_with_null():
+    second = yaml.safe_dump(recipe.read("quickstart").recipe["stages"]["main"])
+    text = "defaults: [quickstart]\nstages:\n  more:\n" + "".join(f"    {line}\n" for line in second.splitlines())
+    assert [stage.name for stage in recipe.read(write("two.yaml", text)).stages] == ["main", "more"]
+    assert [stage.name for stage in recipe.read("two.yaml", ["stages.main=null"]).stages] == ["more"]
+    assert [stage.name for stage in recipe.read("two.yaml", ["~stages.main"]).stages] == ["more"]
+
+
+def test_options_belong_to_the_name_that_they_were_written_beside(tmp_path):
+    (tmp_path / "other.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from rlkit.types import Algorithm, Needs\n"
+        "@dataclass(frozen=True)\n"
+        "class Other(Algorithm):\n"
+        "    strength: float = 1.0\n"
+        "    def needs(self):\n"
+        "        return Needs()\n"
+    )
+    name = write("other.yaml", "defaults: [quickstart]\nstages: {main: {algorithm: other:Other}}\n")
+    plain = {"name": "other:Other", "strength": 1.0}
+    assert recipe.read(name).recipe["stages"]["main"]["algorithm"] == plain
+    changed = ["stages.main.algorithm.strength=2", "stages.main.algorithm.name=other:Other"]
+    assert recipe.read("quickstart", changed).recipe["stages"]["main"]["algorithm"] == plain | {"strength": 2.0}
+
+
+def test_lora_takes_the_place_of_full_training_and_back():
+    assert recipe.read("quickstart").policy.lora is None
+    assert recipe.read("quickstart", ["policy.train.lora.rank=8"]).policy.lora.rank == 8
+    name = write("lora.yaml", "defaults: [quickstart]\npolicy: {train: {lora: {}}}\n")
+    assert recipe.read(name).recipe["policy"]["train"] == {"lora": {"rank": 16, "alpha": None, "targets": None}}
+    assert recipe.read(name, ["policy.train.full=true"]).policy.lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("stages.main.algorithm.clip=1e-3", "stages main algorithm clip", 1e-3),
+        ("stages.main.learner.micro_batch=64", "stages main learner micro_batch", 64),  # set by no file
+        ("++stages.main.algorithm.kl=0.1", "stages main algorithm kl", 0.1),
+        ("~stages.main.algorithm.clip", "stages main algorithm clip", 1e-4),  # its default
+        ("stages.main.algorithm={clip: 0.5}", "stages main algorithm clip", 0.5),
+        ("stages.main.rewards.composition=0.5", "stages main rewards composition weight", 0.5),
+        ("stages.main.expect.held_out/strict=> before", "stages main expect held_out/strict", "> before"),
+        ("run.dir=/tmp/a (copy), b=c", "run dir", "/tmp/a (copy), b=c"),
+        ("stages.main.steps=${run.checkpoint_every}", "stages main steps", 20),
+        ("stages.main.data.kinds=[single, two]", "stages main data kinds", ["single", "two"]),
+    ],
+)
+def test_overrides(override, path, value):
+    found = recipe.read("quickstart", [override]).recipe
+    for key in path.split():
+        found = found[key]
+    assert found == value
+
+
+def test_the_last_override_of_a_key_wins_and_mappings_merge():
+    values = recipe.compose("quickstart", ["run={seed: 1, threads: 1}", "run.seed=2", "run={seed: 3}"])
+    assert (values["run"]["seed"], values["run"]["threads"]) == (3, 1)
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+FILES = {  # text, then the words of the message
+    "a YAML error": ("run:\n  seed: 1\n  dir: {a\n", "bad.yaml:", "not YAML"),
+    "a tab": ("run:\n\tseed: 1\n", "bad.yaml:2:1", "not YAML"),
+    "a key twice": ("run: {seed: 1}\nrun: {seed: 2}\n", "bad.yaml:2:1", "duplicate key"),
+    "no mapping": ("- quickstart\n", "bad.yaml", "keys: run, policy, stages"),
+    "an empty file": ("", "bad.yaml", "keys: run, policy, stages"),
+    "a number for a key": ("defaults: [quickstart]\nstages: {1: null}\n", "bad.yaml:2", "in quotes"),
+    "a missing parent": ("defaults: [quickstrat]\n", "bad.yaml:1: defaults", "'quickstrat'", "'quickstart'"),
+    "a missing neighbour": ("defaults: [./bat]\n", "bad.yaml:1: defaults", "bat.yaml", "'bad.yaml'"),
+    "a group of configs": ("defaults:\n- algorithm: x\n", "bad.yaml:1: defaults", "list of recipes"),
+    "itself": ("defaults: [./bad]\n", "bad.yaml", "extends itself"),
+    "a key at the top": ("defaults: [quickstart]\nstagess: {}\n", "bad.yaml:2: stagess", "'stages'"),
+    "a key in a stage": (
+        "defaults: [quickstart]\nstages:\n  main:\n    step: 3\n",
+        "bad.yaml:4: stages.main.step",
+        "'steps'",
+    ),
+    "an option": (
+        "defaults: [quickstart]\nstages:\n  main:\n    algorithm:\n      clipp: 1\n",
+        "bad.yaml:5: stages.main.algorithm",
+        "'clipp'",
+        "'clip'",
+    ),
+    "a wrong type": (
+        "defaults: [quickstart]\nstages:\n  main:\n    algorithm: {\n      clip: tiny}\n",
+        "bad.yaml:5: stages.main.algorithm.clip",
+        "a number",
+    ),
+    "a type of the base": ("defaults: [quickstart]\nrun: 3\n", "bad.yaml:2: run", "mapping"),
+    "a half stage": ("defaults: [quickstart]\nstages: {more: {steps: 3}}\n", "bad.yaml:2: stages.more", "algorithm"),
+    "no stage": ("policy: {backbone: tiny}\n", "bad.yaml: stages", "needs a stage"),
+    "no backbone": ("stages: {}\n", "policy.backbone", "tiny"),
+    "full and LoRA": (
+        "defaults: [quickstart]\npolicy: {train: {full: true, lora: {rank: 4}}}\n",
+        "bad.yaml:2: policy.train",
+        "one of",
+    ),
+    "a reference to nothing": (
+        "defaults: [quickstart]\nrun:\n  seed: ${run.sed}\n",
+        "bad.yaml:3: run.seed",
+        "'run.sed'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_cannot_be_used(case):
+    text, *words = FILES[case]
+    message = refusal(write("bad.yaml", text))
+    assert all(word in message for word in words), message
+
+
+OVERRIDES = {  # override, then the words of the message
+    "no value": ("run.seed", "'run.seed' is not key=value"),
+    "an empty value": ("run.dir=", "run.dir", "null"),
+    "two values": ("run.seed=1,2", "run.seed", "[1,2]"),
+    "an open bracket": ("run.seed=[1", "run.seed", "'[1'"),
+    "a short key": ("steps=3", "'steps'", "'stages.main.steps'"),
+    "a typing error at the top": ("polisy.train=null", "'polisy.train'", "'policy.train'"),
+    "a stage": ("stages.mian.steps=3", "'mian'", "'main'"),
+    "an option of a run": ("run.sed=3", "run", "'sed'", "'seed'"),
+    "an option of an algorithm": ("stages.main.algorithm.clipp=1", "stages.main.algorithm", "'clipp'", "'clip'"),
+    "an option of a reward": ("stages.main.rewards.composition.scor=strict", "composition", "'scor'", "'score'"),
+    "an option of the data": ("stages.main.data.groups=4", "stages.main.data", "'groups'", "'group'"),
+    "an option of the evaluation": ("stages.main.evaluate.evry=4", "stages.main.evaluate", "'evry'", "'every'"),
+    "several parts": ("policy.parts.a.backbone=tiny", "policy.parts", "backbone, train"),
+    "a removed key that is not there": ("~stages.main.learner.l", "removes", "'stages.main.learner.lr'"),
+    "a wrong type": ("stages.main.steps=many", "stages.main.steps", "a whole number", "'many'"),
+    "a number in quotes": ("stages.main.learner.lr='1e-4'", "stages.main.learner.lr", "without quotes"),
+    "a wrong word": ("run.precision=fp16", "run.precision", "'fp16'", "'bf16'"),
+    "an unknown reward": ("stages.main.rewards.compositoin=1", "rewards.compositoin", "'composition'"),
+    "an unknown backbone": ("policy.backbone.name=tinny", "policy.backbone", "'tinny'", "'tiny'"),
+    "an unknown algorithm": ("stages.main.algorithm.name=flow_grop", "'flow_grop'", "'flow_grpo'"),
+    "an unknown rollout": ("stages.main.rollout.name=loca", "stages.main.rollout", "'local'"),
+    "unknown data": ("stages.main.data.name=wrld", "stages.main.data", "'wrld'", "'world'"),
+    "a class that is not there": ("stages.main.rewards.no.such:Thing=1", "no.such:Thing", "no module 'no'"),
+    "a weight": ("stages.main.rewards.composition.weight=high", "composition.weight", "'high'"),
+    "a weight that is no number": ("stages.main.rewards.composition.weight=nan", "composition.weight", "number"),
+    "no weight above 0": ("stages.main.rewards.composition=0", "stages.main.rewards", "all weights are 0"),
+    "no reward": ("stages.main.rewards.composition=null", "stages.main.rewards", "needs a reward"),
+    "groups of one": ("stages.main.data.group=1", "stages.main.data.group", "2 or more, not 1"),
+    "no prompts": ("stages.main.data.per_step=0", "stages.main.data", "per_step", "1 prompt or more"),
+    "a batch that does not divide": ("stages.main.learner.batch=100", "learner.batch", "384 rows", "96 or 128"),
+    "a batch above the rows": ("stages.main.learner.batch=1000", "learner.batch", "384 rows", "Use 384"),
+    "no noise": ("stages.main.algorithm.noise_level=0", "stages.main.algorithm", "noise_level must be above 0"),
+    "an ODE": ("stages.main.algorithm.dynamics=ode", "algorithm.dynamics", "'flow', 'dance', 'cps', not 'ode'"),
+    "a window past the end": ("stages.main.algorithm.window_start=[0,8]", "algorithm", "after step 10", "at 7"),
+    "a moving window without a length": ("stages.main.algorithm.window=null", "algorithm", "needs a length"),
+    "too few sampling steps": ("stages.main.rollout.steps=5", "stages.main.rollout.steps", "after step 5"),
+    "no steps": ("stages.main.steps=0", "stages.main", "steps must be 1 or more, not 0"),
+    "a rule": ("stages.main.expect.held_out/strict=up", "expect.held_out/strict", "'up' is no rule", "before"),
+    "a limit that nothing measures": ("stages.main.until={metric: strict, above: 1}", "until.metric", "held_out/"),
+    "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "'above'"),
+    "an anchor without average": ("stages.main.anchor=ema", "stages.main.anchor", "stages.main.learner.ema"),
+    "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
+    "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_a_command_line_that_cannot_be_used(case):
+    override, *words = OVERRIDES[case]
+    message = refusal("quickstart", override)
+    assert message.startswith("command line: ")
+    assert all(word in message for word in words), message
+    assert not any(word in message.lower() for word in ("hydra", "omegaconf", "override", "interpolation", "struct"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("quickstrat", ["no recipe named 'quickstrat'", "'quickstart'", "./quickstrat.yaml"]),
+        ("./mane.yaml", ["no file './mane.yaml'", "'mine.yaml'"]),
+        (".", ["is a folder", "--resume"]),
+    ],
+)
+def test_a_recipe_that_is_not_there(name, words):
+    write("mine.yaml", "defaults: [quickstart]\n")
+    message = refusal(name)
+    assert all(word in message for word in words), message
+
+
+def test_an_error_names_the_line_of_the_file_that_caused_it():
+    name = write("mine.yaml", "defaults: [quickstart]\nrun: {seed: 1}\nstages:\n  main:\n    learner: {batch: 100}\n")
+    assert refusal(name, "stages.main.learner.lr=1").startswith("mine.yaml:5: stages.main.learner.batch: 100 ")
+    line = next(i for i, text in enumerate(QUICKSTART.read_text().splitlines(), 1) if "learner:" in text)
+    composed = sources.compose("quickstart", ["run.seed=1"])
+    error = RecipeError("must be 1.", where="stages.main.learner.batch")
+    assert composed.place(error) == f"{QUICKSTART}:{line}: stages.main.learner.batch"
+
+
+def test_prompts_are_not_read_before_they_are_needed():
+    override = "stages.main.data={name: prompts, path: nowhere.txt, per_step: 8, group: 16}"
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        recipe.read("quickstart", [override]).stages[0].data.open()
+
+
+# ------------------------------------------------------------------------------- what does not fit together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    reads = ("prompt", "source image")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asks:
+    """An algorithm that asks for something."""
+
+    wants: Needs
+
+    def needs(self) -> Needs:
+        return self.wants
+
+
+@dataclasses.dataclass(frozen=True)
+class _EndsOnly:
+    kind = "flow"
+    gives = ()
+    steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    kind = "tokens"
+    gives = ("path", "log_prob")
+    steps: int = 10
+
+
+def misfit(**changes):
+    """The message for the quickstart's stage with some parts replaced."""
+    setup = recipe.read("quickstart")
+    stage = dataclasses.replace(setup.stages[0], **changes)
+    with pytest.raises(RecipeError) as caught:
+        recipe.check(dataclasses.replace(setup, stages=(stage,)))
+    return str(caught.value)
+
+
+def test_the_kinds_have_to_fit():
+    assert misfit(algorithm=_Asks(Needs(kind="tokens"))).startswith("policy.backbone: is for flow, but")
+    assert misfit(rollout=_Words()).startswith("stages.main.rollout: is for tokens, but")
+
+
+def test_the_rollout_has_to_give_what_the_algorithm_needs():
+    message = misfit(rollout=_EndsOnly())
+    assert message.startswith("stages.main.rollout: the algorithm needs path and log_prob")
+    assert "previews" in misfit(algorithm=_Asks(Needs(previews=True)))
+
+
+def test_rewards_may_read_only_what_the_data_gives():
+    setup = recipe.read("quickstart")
+    reward = dataclasses.replace(setup.stages[0].rewards[0], name="edit", reward=_Reads())
+    message = misfit(rewards=(reward,))
+    assert message.startswith("stages.main.rewards.edit: reads 'source image'")
+    assert "prompt" in message
+
+
+def test_rows_are_counted_where_the_path_is_recorded():
+    setup = recipe.read("quickstart")
+    stage = setup.stages[0]
+    assert recipe.rows_per_step(stage) == 8 * 16 * 3
+    whole = dataclasses.replace(stage, algorithm=_Asks(Needs(path=True)))
+    assert recipe.rows_per_step(whole) == 8 * 16 * 9  # all steps but the last
+    assert recipe.rows_per_step(dataclasses.replace(stage, algorithm=_Asks(Needs()))) is None
+
+
+def test_errors_keep_their_class():
+    with pytest.raises(PluginError):
+        recipe.read("quickstart", ["policy.backbone.name=tinny"])
