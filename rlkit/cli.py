@@ -1,0 +1,525 @@
+"""The command line. `rlkit --help` lists the commands, `rlkit COMMAND --help` says what one takes.
+
+Exit codes: 0 done; 1 an error that rlkit explains in one line (RLKIT_DEBUG=1 shows where it came from); 2 a command
+line that cannot be read; 130 stopped with Ctrl+C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlkit import __version__, recipe, registry, sources
+from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
+
+if TYPE_CHECKING:
+    from rlkit.dist import Processes
+    from rlkit.trainer import Setup, Stage
+
+STARTED = time.monotonic()  # before torch is imported, so that a run's first phase has its whole length
+INTERRUPTED = 130
+KINDS = (*registry.KINDS, "recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except SystemExit as stop:  # argparse's way to end after a message
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:  # `rlkit list rewards | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (RlkitError, OSError) as error:
+        if os.environ.get("RLKIT_DEBUG"):
+            raise
+        rank = os.environ.get("RANK")
+        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"rlkit {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}.{nearest(name, COMMANDS)} See rlkit --help", file=sys.stderr)
+        return 2
+    parser = _Parser(prog=f"rlkit {name}", description=COMMANDS[name].summary, allow_abbrev=False)
+    COMMANDS[name].arguments(parser)
+    return COMMANDS[name].run(parser.parse_intermixed_args(rest))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"(?<=\s)--?[\w-]+", message) if "unrecognized" in message else []
+        near = nearest(unknown[0], self._option_string_actions) if unknown else ""
+        end = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.format_usage()}error: {message}{end}{near}\n")
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe's name or file, and changes")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    # torchrun reads every --nproc on its command line as its own, so the processes that it starts get --processes.
+    parser.add_argument("--nproc", "--processes", type=_positive, default=1, metavar="N", help="on this machine")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _train(options: argparse.Namespace) -> int:
+    name, overrides = _recipe_words(options.words)
+    if name is None and options.resume is not None:
+        name = str(options.resume / "recipe.yaml")
+        if not Path(name).is_file():
+            hint = f"To begin one there: rlkit train RECIPE --resume {options.resume}"
+            raise RecipeError(f"there is no run in {options.resume} to go on with.", where="--resume", hint=hint)
+    if name is None:
+        raise RecipeError("which recipe?", hint=f"For instance rlkit train {next(iter(registry.recipes()), 'FILE')}")
+    setup = recipe.read(name, overrides)
+    if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        _run_folder(setup, name, options.resume)  # for its errors, once and not in every process
+        return _launch(options.nproc, _train_words(options, "--processes"))
+
+    from rlkit import dist, trainer
+
+    processes = dist.start(options.nproc, setup.options.device)
+    folder = _same_folder(processes, _run_folder(setup, name, options.resume) if processes.first else None)
+    say = print if processes.first and not options.quiet else _silent
+    say(f"run folder: {folder}")
+    command = shlex.join(["rlkit", *_train_words(options, "--nproc")])
+    code = 0
+    try:
+        trainer.run(setup, folder, processes, options.resume is not None, command, STARTED, options.quiet)
+    except trainer.Interrupted as stop:
+        if processes.first:
+            print(stop, file=sys.stderr)
+        code = INTERRUPTED
+    finally:
+        processes.close()
+    if processes.first:
+        _tell(folder, say)
+    return code
+
+
+def _recipe_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the recipe or None, overrides). The recipe is the first word, unless that changes a key."""
+    if not words or _is_override(words[0]):
+        return None, list(words)
+    return words[0], list(words[1:])
+
+
+def _is_override(word: str) -> bool:
+    return bool(re.match(r"[~+]*[^\s=/]+=|~", word))
+
+
+def _train_words(options: argparse.Namespace, count: str) -> list[str]:
+    """The command line again; `count` is how it says the number of processes."""
+    words = ["train", *options.words]
+    words += ["--resume", str(options.resume)] if options.resume else []
+    words += [count, str(options.nproc)] if options.nproc > 1 else []
+    return words + (["--quiet"] if options.quiet else [])
+
+
+def _run_folder(setup: Setup, name: str, resume: Path | None) -> Path:
+    """The folder of this run. A new run never writes into one that holds anything."""
+    if resume is not None:
+        return resume
+    if setup.options.dir is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{Path(name).stem}-{stamp}-{secrets.token_hex(2)}"
+    folder = Path(setup.options.dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        hint = f"To go on with the run in it: rlkit train --resume {folder}; for a new one choose another run.dir."
+        raise RecipeError(f"{folder} exists and is not empty.", where="run.dir", hint=hint)
+    return folder
+
+
+def _same_folder(processes: Processes, folder: Path | None) -> Path:
+    """The first process's choice, on all of them."""
+    import torch
+
+    letters = torch.tensor(list(str(folder or "").encode()), dtype=torch.int64)
+    return Path(bytes(processes.gather(letters).tolist()).decode())
+
+
+def _launch(count: int, arguments: Sequence[str]) -> int:
+    """Start the processes and wait. They have a session of their own: Ctrl+C reaches them once, through here."""
+    from rlkit.dist import launch_command
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // count)), **os.environ}
+    child = subprocess.Popen(launch_command(count, arguments), env=environment, start_new_session=True)
+    asked: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        return INTERRUPTED
+    return 1 if code else 0
+
+
+def _tell(folder: Path, say: Callable[[str], None]) -> None:
+    """Write the report of a run and say how it went. A run that stopped before its first numbers has none."""
+    from rlkit import report
+
+    try:
+        page = report.write(folder)
+    except DataError as error:
+        say(f"no report: {error}")
+        return
+    say(report.sentence(report.summary(folder)))
+    say(f"report: {page}")
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------- check
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="RECIPE key=value", help="a recipe's name or file, and changes")
+    parser.add_argument("--json", action="store_true", help="the recipe with every default filled in")
+
+
+def _check(options: argparse.Namespace) -> int:
+    name, overrides = _recipe_words(options.words)
+    if name is None:
+        raise RecipeError("which recipe?", hint="For instance rlkit check RECIPE key=value")
+    setup = recipe.read(name, overrides)
+    for stage in setup.stages:
+        stage.data.open()  # a file of prompts is read, and its errors are said now
+    if options.json:
+        print(json.dumps(setup.recipe, indent=2))
+        return 0
+    train = setup.recipe["policy"]["train"]
+    how = f"LoRA, rank {train['lora']['rank']}" if "lora" in train else "all weights"
+    print(f"policy: {setup.recipe['policy']['backbone']['name']}, {how}, {setup.options.precision}")
+    for stage in setup.stages:
+        print(f"stage {stage.name}: {stage.steps:,} steps")
+        for key, text in _stage_table(stage, setup.recipe["stages"][stage.name]).items():
+            print(f"  {key:<10} {text}")
+    print("ok")
+    return 0
+
+
+def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
+    """What a stage would do, in a few words for each part."""
+    samples = stage.data.per_step * stage.data.group
+    rows = recipe.rows_per_step(stage)
+    learner = f"updates of {stage.learner.batch} rows, rate {stage.learner.lr:g}"
+    if rows is not None:
+        updates = rows // stage.learner.batch * stage.learner.epochs
+        learner = f"{rows:,} rows a step, {updates} x {learner}"
+    evaluate = stage.evaluate
+    often = f"every {evaluate.every} steps" if evaluate.every else "first and last"
+    ends = f", {evaluate.ends} first and last" if evaluate.ends and evaluate.every else ""
+    data = plain["data"]["name"]
+    table = {
+        "data": f"{data}: {stage.data.per_step} prompts x {stage.data.group} = {samples} samples a step",
+        "rollout": _in_words(plain["rollout"]),
+        "algorithm": _in_words(plain["algorithm"]),
+        "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in stage.rewards),
+        "learner": learner,
+        "evaluate": f"{evaluate.held_out} held-out pictures {often}{ends}",
+    }
+    if stage.until is not None:
+        table["until"] = f"{stage.until.metric} > {stage.until.above:g}"
+    if plain["expect"]:
+        table["expect"] = ", ".join(f"{metric} {rule}" for metric, rule in plain["expect"].items())
+    return table
+
+
+def _in_words(entry: Mapping[str, Any]) -> str:
+    options = " ".join(f"{key}={value}" for key, value in entry.items() if key != "name" and value is not None)
+    return f"{entry['name']} ({options})" if options else str(entry["name"])
+
+
+# ------------------------------------------------------------------------------------------ list and describe
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", type=_kind, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    parser.add_argument("--json", action="store_true")
+
+
+def _kind(word: str) -> str:
+    if word not in KINDS:
+        raise argparse.ArgumentTypeError(f"there is no catalogue {word!r}.{nearest(word, KINDS)}")
+    return word
+
+
+def _list(options: argparse.Namespace) -> int:
+    found = _catalogue(options.kind)
+    if options.json:
+        print(json.dumps(found, indent=2, default=str))
+        return 0
+    width = max((len(one["name"]) for one in found), default=0)
+    for one in found:
+        extra = f"  [pip install '{registry.DISTRIBUTION}[{one['extra']}]']" if one.get("extra") else ""
+        source = "" if one["source"] == "built in" else f"  ({one['source']})"
+        print(f"{one['name']:<{width}}  {one['summary']}{source}{extra}".rstrip())
+    return 0
+
+
+def _catalogue(kind: str) -> list[dict[str, Any]]:
+    """Every entry of a kind as plain values, read without importing any."""
+    if kind != "recipes":
+        entries = [asdict(entry) for entry in registry.describe(kind)]
+        return [{("options" if key == "fields" else key): value for key, value in one.items()} for one in entries]
+    found = []
+    for name, file in registry.recipes().items():
+        summary = _opening(file).partition("\n")[0]
+        found.append({"name": name, "kind": kind, "summary": summary, "source": "built in", "path": str(file)})
+    return found
+
+
+def _opening(file: Path) -> str:
+    """The comment that a recipe begins with."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines).strip()
+
+
+def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name")
+    parser.add_argument("--json", action="store_true")
+
+
+def _describe(options: argparse.Namespace) -> int:
+    everything = [one for kind in KINDS for one in _catalogue(kind)]
+    found = [one for one in everything if one["name"] == options.name]
+    if not found:
+        names = [one["name"] for one in everything]
+        hint = f"See rlkit list {'|'.join(KINDS)}"
+        raise PluginError(f"nothing is called {options.name!r}.{nearest(options.name, names)}", hint=hint)
+    for one in found:
+        one["description"] = _description(one)
+    if options.json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=2, default=str))
+        return 0
+    for one in found:
+        print(f"{one['name']} ({one['kind'].removesuffix('s')}, {one['source']})\n\n{one['description']}")
+        if one.get("options"):
+            print("\noptions:")
+        for option in one.get("options", ()):
+            default = "" if option["default"] is None else f" = {option['default']}"
+            doc = f"  {option['doc']}" if option["doc"] else ""
+            print(f"  {option['name']}: {option['annotation']}{default}{doc}")
+    return 0
+
+
+def _description(one: Mapping[str, Any]) -> str:
+    if one["kind"] == "recipes":
+        return _opening(Path(one["path"]))
+    import inspect
+
+    try:
+        return inspect.getdoc(registry.load(one["kind"], one["name"])) or one["summary"]
+    except RlkitError:  # what it needs is not installed: its first line is known all the same
+        return str(one["summary"])
+
+
+# ------------------------------------------------------------------------------------------- sample and eval
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RECIPE_OR_RUN", help="a recipe's base model or a run's newest weights")
+    parser.add_argument("words", nargs="+", metavar="PROMPT key=value")
+    parser.add_argument("--n", type=_positive, default=8, help="pictures of each prompt (default: 8)")
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="where the picture goes (default: grid.png)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    overrides = [word for word in options.words if _is_override(word)]
+    prompts = [word for word in options.words if word not in overrides]
+    if not prompts:
+        raise RecipeError("what shall it draw?", hint='For instance rlkit sample RECIPE "a red circle"')
+    setup, folder = _recipe_or_run(options.source, overrides)
+
+    from rlkit import dist, trainer
+
+    policy = trainer.load_policy(setup, dist.start(1, setup.options.device), folder)
+    for prompt in prompts:
+        for word in policy.model.unread(prompt):
+            print(f"warning: the text encoder cannot read {word!r} in {prompt!r}", file=sys.stderr)
+    pictures = trainer.draw(setup, policy, prompts, options.n, options.seed)
+    _write_grid(options.out, pictures, columns=options.n if len(prompts) > 1 else min(options.n, 8))
+    print(options.out)
+    return 0
+
+
+def _recipe_or_run(word: str, overrides: Sequence[str]) -> tuple[Setup, Path | None]:
+    folder = Path(word)
+    if not folder.is_dir():
+        return recipe.read(word, overrides), None
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError("this folder is not a run: it has no recipe.yaml.", where=word)
+    return recipe.read(str(folder / "recipe.yaml"), overrides), folder
+
+
+def _write_grid(path: Path, pictures: Any, columns: int) -> None:
+    """pictures [N, 3, H, W] in rows of `columns`; small ones enlarged without smoothing."""
+    import torch
+    from PIL import Image
+
+    count, channels, height, width = pictures.shape
+    grid = torch.ones(channels, math.ceil(count / columns) * height, columns * width)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * height, i % columns * width
+        grid[:, top : top + height, left : left + width] = picture
+    image = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    times = max(1, 128 // width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(path)
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_RECIPE", help="a run's newest weights or a recipe's base model")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("--held-out", type=_positive, metavar="N", help="pictures (default: the recipe's)")
+    parser.add_argument("--json", action="store_true")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    setup, folder = _recipe_or_run(options.source, options.words)
+
+    from rlkit import trainer
+
+    scores = trainer.evaluate_once(setup, folder, options.held_out or setup.stages[-1].evaluate.held_out)
+    if options.json:
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        print(json.dumps(finite, indent=2))
+        return 0
+    for name, value in scores.items():
+        if not name.endswith("_se"):
+            error = f" ± {scores[f'{name}_se']:.3f}" if f"{name}_se" in scores else ""
+            print(f"{name:<28} {value if name == 'count' else f'{value:.3f}'}{error}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------ report, pretrain-world
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    parser.add_argument("--json", action="store_true", help="the numbers, and no page")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rlkit import report
+
+    if options.json:
+        print(json.dumps(report.summary(options.folder), indent=2))
+        return 0
+    page = report.write(options.folder)
+    print(report.sentence(report.summary(options.folder)))
+    print(f"report: {page}")
+    return 0
+
+
+def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings, such as samples=200000")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the backbone goes")
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    settings = {}
+    for word in options.words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise RecipeError(f"{word!r} is not key=value.", where="pretrain-world", hint="For instance samples=200000")
+        settings[key] = sources.value_of(key, value)
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise RecipeError(f"{options.out} exists and is not empty.", where="--out", hint="Choose another folder.")
+
+    from rlkit.pretrain import Pretraining, pretrain
+
+    pretrain(options.out, registry.construct(Pretraining, settings, "pretrain-world", what="pretrain-world"))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Command:
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "train": Command("Train a recipe, or go on with a run.", _train_arguments, _train),
+    "check": Command("Say what a recipe would do, or what is wrong with it, in seconds.", _check_arguments, _check),
+    "list": Command("List a catalogue: what a recipe may name.", _list_arguments, _list),
+    "describe": Command("Say what one entry is and which options it has.", _describe_arguments, _describe),
+    "sample": Command("Draw prompts with a recipe's base model or a run's weights.", _sample_arguments, _sample),
+    "eval": Command("Score the held-out prompts once.", _eval_arguments, _eval),
+    "report": Command("Write a run's report again, or print its numbers.", _report_arguments, _report),
+    "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlkit COMMAND ...",
+            "",
+            "Reinforcement-learning post-training for visual generation.",
+            "",
+            *lines,
+            "",
+            "rlkit COMMAND --help says what a command takes. RLKIT_DEBUG=1 shows where an error came from.",
+        ]
+    )
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {word!r}")
+    return int(word)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

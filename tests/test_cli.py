@@ -1,0 +1,265 @@
+"""The command line: its commands, exit codes and messages. Training itself is replaced here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlkit import cli, dist, recipe, registry, report, trainer
+from rlkit.dist import Processes
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RLKIT_DEBUG", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `trainer.run` was called with, in place of training. The run leaves a recipe and no numbers."""
+    calls = []
+
+    def run(setup, folder, processes, resume, command, started, quiet):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(json.dumps(setup.recipe))
+        calls.append({"setup": setup, "folder": folder, "resume": resume, "command": command, "quiet": quiet})
+
+    monkeypatch.setattr(trainer, "run", run)
+    return calls
+
+
+def failure(capsys, *words: str) -> tuple[int, str]:
+    code = cli.main(words)
+    return code, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- usage
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        assert cli.main([name, "--help"]) == 0
+    assert cli.main([]) == 2
+    assert cli.main(["--version"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["trian", "quickstart"], "'train'"),
+        (["train", "quickstart", "--nprc", "2"], "'--nproc'"),
+        (["train", "quickstart", "--resum", "x"], "'--resume'"),  # no abbreviations: they change their meaning later
+        (["list", "reward"], "'rewards'"),
+        (["train", "quickstart", "--nproc", "0"], "1 or more"),
+    ],
+)
+def test_usage_errors_say_what_is_near_and_end_with_2(words, near, capsys):
+    code, text = failure(capsys, *words)
+    assert code == 2
+    assert "error: " in text
+    assert near in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train"], "which recipe?"),
+        (["train", "run.seed=1"], "which recipe?"),
+        (["train", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["train", "quickstart", "world"], "'world' is not key=value"),
+        (["train", "quickstart", "stages.main.algorithm.clipp=1"], "Did you mean 'clip'?"),
+        (["train", "--resume", "nowhere"], "no run in nowhere"),
+        (["check", "quickstart", "stages.main.data.group=1"], "2 or more, not 1"),
+        (["check", "quickstart", "stages.main.data={name: prompts, path: no.txt, per_step: 8, group: 16}"], "no.txt"),
+        (["describe", "compositoin"], "Did you mean 'composition'?"),
+        (["report", "nowhere"], "nowhere"),
+        (["eval", "."], "recipe.yaml"),
+        (["sample", "quickstart", "run.seed=1"], "what shall it draw?"),
+        (["pretrain-world", "--out", "new", "sample=3"], "Did you mean 'samples'?"),
+        (["pretrain-world", "--out", ".", "samples"], "not key=value"),
+    ],
+)
+def test_errors_are_one_line_and_end_with_1(words, said, capsys):
+    code, text = failure(capsys, *words)
+    assert code == 1
+    assert text.startswith("error: ")
+    assert said in text
+    assert text.count("\n") == 1
+
+
+def test_debugging_shows_where_an_error_came_from(monkeypatch):
+    monkeypatch.setenv("RLKIT_DEBUG", "1")
+    with pytest.raises(recipe.RecipeError):
+        cli.main(["check", "quickstrat"])
+
+
+# ------------------------------------------------------------------------------------------- train
+
+
+def test_a_run_gets_a_folder_of_its_own(trained, capsys):
+    assert cli.main(["train", "quickstart", "stages.main.steps=3"]) == 0
+    assert cli.main(["train", "quickstart"]) == 0
+    first, second = (one["folder"] for one in trained)
+    assert first.parent == Path("runs")
+    assert first.name.startswith("quickstart-")
+    assert first != second
+    assert trained[0]["command"] == "rlkit train quickstart stages.main.steps=3"
+    assert trained[0]["setup"].stages[0].steps == 3
+    assert f"run folder: {first}" in capsys.readouterr().out
+
+
+def test_options_may_stand_between_overrides(trained):
+    assert cli.main(["train", "quickstart", "run.seed=1", "--quiet", "run.dir=here", "--nproc", "1"]) == 0
+    assert trained[0]["quiet"]
+    assert trained[0]["folder"] == Path("here")
+    assert trained[0]["setup"].options.seed == 1
+
+
+def test_a_folder_that_holds_something_is_never_written_into(trained, capsys):
+    assert cli.main(["train", "quickstart", "run.dir=mine"]) == 0
+    code, text = failure(capsys, "train", "quickstart", "run.dir=mine")
+    assert code == 1
+    assert "run.dir: mine exists and is not empty" in text
+    assert "rlkit train --resume mine" in text
+    Path("empty").mkdir()
+    assert cli.main(["train", "quickstart", "run.dir=empty"]) == 0
+    Path("file").write_text("")
+    assert failure(capsys, "train", "quickstart", "run.dir=file")[0] == 1
+
+
+def test_resume_reads_the_runs_own_recipe(trained):
+    assert cli.main(["train", "quickstart", "run.dir=mine", "stages.main.steps=3"]) == 0
+    assert cli.main(["train", "--resume", "mine"]) == 0
+    assert cli.main(["train", "--resume", "mine", "stages.main.steps=5"]) == 0
+    assert cli.main(["train", "quickstart", "--resume", "new"]) == 0  # nothing there yet: from step 0
+    assert [one["setup"].stages[0].steps for one in trained] == [3, 3, 5, 60]
+    assert [one["folder"] for one in trained] == [Path("mine")] * 3 + [Path("new")]
+    assert [one["resume"] for one in trained] == [False, True, True, True]
+
+
+def test_an_interrupted_run_is_reported_and_ends_with_130(trained, monkeypatch, capsys):
+    def stop(*arguments):
+        raise trainer.Interrupted("stopped after step 2 of 60", hint="Go on with: rlkit train --resume mine")
+
+    monkeypatch.setattr(trainer, "run", stop)
+    monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")
+    monkeypatch.setattr(report, "summary", lambda folder: {})
+    monkeypatch.setattr(report, "sentence", lambda facts: "It stopped.")
+    assert cli.main(["train", "quickstart", "run.dir=mine"]) == 130
+    said = capsys.readouterr()
+    assert "--resume mine" in said.err
+    assert "It stopped.\nreport: mine/report.html" in said.out
+
+
+def test_several_processes_are_launched_after_the_recipe_was_checked(monkeypatch, capsys):
+    started = []
+
+    class Child:
+        def __init__(self, command, env, start_new_session):
+            started.append((command, env, start_new_session))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cli.main(["train", "quickstart", "--nproc", "2", "run.seed=1", "--quiet"]) == 0
+    [(command, env, apart)] = started
+    tail = ["train", "quickstart", "run.seed=1", "--processes", "2", "--quiet"]
+    assert command == dist.launch_command(2, tail)
+    assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert apart
+    assert cli.main(["train", "quickstart", "--nproc", "2", "stages.main.steps=0"]) == 1
+    assert len(started) == 1
+    assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_every_process_writes_into_the_first_ones_folder(monkeypatch):
+    chosen = Path("runs/é-1")
+    assert cli._same_folder(Processes(), chosen) == chosen
+
+
+# ------------------------------------------------------------------------------------------- the other commands
+
+
+def test_check_says_what_a_recipe_would_do(capsys):
+    assert cli.main(["check", "quickstart", "stages.main.steps=1234"]) == 0
+    text = capsys.readouterr().out
+    assert "1,234 steps" in text
+    assert "8 prompts x 16 = 128 samples" in text
+    assert "384 rows a step" in text
+    assert text.endswith("ok\n")
+
+
+def test_check_gives_the_whole_recipe_as_json(capsys):
+    assert cli.main(["check", "quickstart", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == recipe.read("quickstart").recipe
+
+
+@pytest.mark.parametrize("kind", [*registry.KINDS, "recipes"])
+def test_list(kind, capsys):
+    known = list(registry.recipes()) if kind == "recipes" else registry.names(kind)
+    assert cli.main(["list", kind, "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == known
+    assert cli.main(["list", kind]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == known
+
+
+@pytest.mark.parametrize("kind", [*registry.KINDS, "recipes"])
+def test_describe_finds_every_entry(kind, capsys):
+    for name in registry.recipes() if kind == "recipes" else registry.names(kind):
+        assert cli.main(["describe", name]) == 0
+        assert name in capsys.readouterr().out
+        assert cli.main(["describe", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == name
+
+
+def test_describe_shows_options_with_types_defaults_and_docs(capsys):
+    assert cli.main(["describe", "composition"]) == 0
+    text = capsys.readouterr().out
+    assert "score: str = mixed" in text
+    assert "'graded' gives partial credit" in text
+
+
+def test_sample_and_eval_draw_with_the_base_model(capsys):
+    from PIL import Image
+
+    words = ["sample", "quickstart", "a red circle", "a blue squre", "--n", "2", "--out", "new/grid.png"]
+    assert cli.main([*words, "stages.main.rollout.steps=8"]) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("new/grid.png\n")
+    assert "'squre'" in said.err
+    assert Image.open("new/grid.png").size == (256, 256)  # two rows of two pictures of 32, enlarged
+    assert cli.main(["eval", "quickstart", "--held-out", "2", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["count"] == 2
+    assert 0 <= scores["held_out/graded"] <= 1
+
+
+# ------------------------------------------------------------------------------------------- imports
+
+HEAVY = ("accelerate", "diffusers", "matplotlib", "peft", "transformers", "vllm", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("commands", "left_out"),
+    [
+        ([["--help"], ["train", "--help"], *(["list", kind] for kind in cli.KINDS)], ("torch", *HEAVY)),
+        ([["check", "quickstart"], ["check", "quickstart", "policy.train.lora.rank=4"]], HEAVY),
+    ],
+    ids=["help and list", "check"],
+)
+def test_what_is_not_imported(commands, left_out):
+    probe = f"import sys; from rlkit.cli import main; assert not any(map(main, {commands!r})); "
+    probe += f"print(sorted({set(left_out)!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[]"
