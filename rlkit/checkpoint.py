@@ -23,6 +23,7 @@ from rlkit.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+FILES = ("numbers.json", "tensors.safetensors")  # beside the manifest
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def save(run: Path, at: int, tensors: Mapping[str, Tensor], numbers: Mapping[str
         copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         save_file(copies, draft / "tensors.safetensors")
         (draft / "numbers.json").write_text(json.dumps(dict(numbers), indent=1))
-        sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        sums = {name: _sha256(draft / name) for name in FILES}
         (draft / "manifest.json").write_text(json.dumps({"at": at, "sha256": sums}, indent=1))
         for file in draft.iterdir():
             _flush(file)
@@ -99,11 +100,11 @@ def _finished(run: Path) -> list[Path]:
 
 def _fault(folder: Path) -> str | None:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, digest in manifest["sha256"].items():
-            if _sha256(folder / name) != digest:
+        sums = json.loads((folder / "manifest.json").read_text())["sha256"]
+        for name in FILES:
+            if _sha256(folder / name) != sums[name]:
                 return f"{name} has changed"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -54,7 +54,7 @@ class WorldPrompts:
     per_step: int  # prompts a step
     group: int  # pictures a prompt
     task: Literal["t2i"] = "t2i"
-    kinds: tuple[str, ...] | None = None  # None: all, by their weights
+    kinds: tuple[str, ...] | None = None  # None: all; drawn by the world's weights
     split: Literal["train", "validation"] = "train"  # never the held-out one
     held_out_split: Literal["held_out", "validation"] = "held_out"  # "validation" is for tuning
 
@@ -71,16 +71,18 @@ class WorldPrompts:
         rng = np.random.default_rng(seed_of(seed, stage, step, "prompts"))
         captions = grammar.draw(self.split, self.per_step, rng)
         if self.kinds:
-            chosen = [captions_of for kind in self.kinds for captions_of in grammar.split(self.split, kind)]
-            rows = rng.choice(len(chosen), self.per_step, replace=len(chosen) < self.per_step)
-            captions = [chosen[row] for row in rows]
+            weights = np.array([grammar.KINDS[kind] for kind in self.kinds])
+            kinds = rng.choice(self.kinds, self.per_step, p=weights / weights.sum()).tolist()
+            pools = [grammar.split(self.split, kind) for kind in kinds]
+            captions = [pool[int(u * len(pool))] for pool, u in zip(pools, rng.random(self.per_step), strict=True)]
         return PromptBatch(tuple(_prompt(caption) for caption in captions), self.group)
 
     def held_out(self, count: int) -> tuple[Prompt, ...]:
         if not self.kinds:
             return tuple(_prompt(caption) for caption in grammar.panel(self.held_out_split, count))
         share = sum(grammar.KINDS[kind] for kind in set(self.kinds)) / sum(grammar.KINDS.values())
-        panel = grammar.panel(self.held_out_split, math.ceil((count + len(grammar.KINDS)) / share))  # with some to spare
+        enough = math.ceil((count + len(grammar.KINDS)) / share)  # a panel rounds each kind's quota
+        panel = grammar.panel(self.held_out_split, enough)
         return tuple(_prompt(caption) for caption in panel if caption.kind in self.kinds)[:count]
 
     def texts(self) -> tuple[str, ...]:

@@ -18,7 +18,11 @@ from torch import Tensor
 from rlkit.errors import DistributedError
 
 LAUNCH = {
-    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node={n}", "-m", "rlkit.cli"],
+    "ddp": [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node={n}"),
+        # Seconds that a process has after Ctrl+C to end its step and save; torchrun would kill it after 30.
+        *("--shutdown-timeout=600", "-m", "rlkit.cli"),
+    ],
 }
 
 

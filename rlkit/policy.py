@@ -40,9 +40,9 @@ class Conditions:
         self._known: dict[str, Condition] = {}
 
     def encode(self, texts: Iterable[str]) -> None:
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if missing:
-            self._known.update(zip(missing, self._model.encode(missing), strict=True))
+        for text in texts:
+            if text not in self._known:  # one by one: beside others its last bits would depend on what was known
+                (self._known[text],) = self._model.encode([text])
 
     def batch(self, texts: Sequence[str]) -> Condition:
         """{"name": [B, ...]} for B texts, each encoded before."""
@@ -175,8 +175,9 @@ class Policy:
             saved = tensors.get(f"current/{key}")
             if saved is None or saved.shape != parameter.shape:  # copy_ would broadcast
                 found = "no such tensor" if saved is None else f"shape {tuple(saved.shape)}"
-                what = f"these weights are of another policy: {key} has shape {tuple(parameter.shape)} here, {found} there"
-                raise CheckpointError(what, hint="Use the backbone and `policy.train` that they were trained with.")
+                what = f"{key} has shape {tuple(parameter.shape)} here, {found} there"
+                hint = "Use the backbone and `policy.train` that they were trained with."
+                raise CheckpointError(f"these weights are of another policy: {what}.", hint=hint)
             parameter.copy_(saved)
         names = {key.split("/", 1)[0] for key in tensors} - {"current"}
         for name in sorted(names):

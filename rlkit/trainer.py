@@ -26,14 +26,14 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
 from rlkit.dist import Processes
-from rlkit.errors import CheckpointError, DataError, RlkitError
+from rlkit.errors import CheckpointError, DataError, DistributedError, RlkitError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Lora, Policy
 from rlkit.record import describe_held_out, describe_scores, write_sheet
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.sync import SharedMemory
 from rlkit.tracking import Tracker
-from rlkit.types import Context, Plan, Prompt, Samples, Scores, State
+from rlkit.types import Context, Plan, Prompt, Samples, Scores, State, seed_of
 
 
 class Interrupted(RlkitError):
@@ -140,6 +140,13 @@ class Run:
         offset: int = 0,
         stop: Stop | None = None,
     ) -> None:
+        fewest = min(stage.data.per_step * stage.data.group, stage.evaluate.held_out or processes.count)
+        if fewest < processes.count:
+            raise DistributedError(
+                f"{processes.count} processes cannot share {fewest} samples",
+                where=f"stages.{stage.name}",
+                hint="Start fewer, or sample more: data.per_step, data.group, evaluate.held_out.",
+            )
         self.setup, self.stage, self.policy, self.processes = setup, stage, policy, processes
         self.tracker, self.folder = tracker, folder
         self.offset = offset  # training steps of the stages before
@@ -175,7 +182,13 @@ class Run:
         """The steps that are left. Between two of them the run looks whether it should stop."""
         while not self.over:
             self.stop_if_asked()
+            self.seed_torch(self.stage.name, self.done)
             yield self.done
+
+    def seed_torch(self, *moment: object) -> None:
+        """Seed torch's own generators. rlkit draws nothing from them, but a reward of somebody's may, and then has to
+        draw the same in a resumed run."""
+        torch.manual_seed(seed_of(self.setup.options.seed, *moment, self.processes.rank))
 
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted if one process was asked to stop: on all of them alike."""
@@ -232,6 +245,7 @@ class Run:
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
         samples = self.rollout.collect(PromptBatch(prompts, 1), Plan(), self.context(0, "evaluate"))
+        self.seed_torch("evaluate")
         return samples, self.scoring(samples, self.processes.gather)
 
     def warn_of_unread_words(self) -> None:
@@ -265,7 +279,6 @@ class Run:
             tensors = {f"policy/{k}": v for k, v in self.policy.state().items()}
             tensors |= {f"optimizer/{k}": v for k, v in optimizer.items()}
             tensors |= {f"state/{k}": v for k, v in remembered.items()}
-            tensors["rng/torch"] = torch.get_rng_state()  # rlkit draws nothing from it; a reward of somebody's may
             described = {
                 "stage": self.stage.name,
                 "done": self.done,
@@ -285,7 +298,6 @@ class Run:
         self.policy.load_state(part("policy/"))
         self.learner.load_state(part("optimizer/"), saved.numbers["learner"])
         self.state.update(part("state/") | saved.numbers["state"])
-        torch.set_rng_state(saved.tensors["rng/torch"])
         self.done = self.saved = int(saved.numbers["done"])
         self.offset = saved.at - self.done
         # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.

@@ -82,7 +82,7 @@ class Samples:
     prompts: tuple[Prompt, ...]
     group: Tensor  # [N] int64
     index: Tensor  # [N] int64, position among all samples of this step over all processes
-    sample_id: Tensor  # [N] int64, unique in the run
+    sample_id: Tensor  # [N] int64, unique in the stage
     version: int  # of the weights that sampled
     total: int  # N_total
     path: Path | None = None

@@ -25,8 +25,8 @@ LEVELS = {
     **dict.fromkeys(("flow", "tokens", "advantage", "world"), 1),
     **dict.fromkeys(("policy", "backbones", "rewards", "algorithms"), 2),
     **dict.fromkeys(("sync", "scoring", "dist", "data"), 3),
-    **dict.fromkeys(("learner", "checkpoint", "tracking", "record", "rollouts"), 4),
-    **dict.fromkeys(("trainer", "pretrain"), 5),
+    **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
+    **dict.fromkeys(("trainer", "pretrain", "sources"), 5),
     "recipe": 6,
     **dict.fromkeys(("report", "report_page", "charts", "cli"), 7),
     "recipes": 8,  # YAML: nothing imports it

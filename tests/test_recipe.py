@@ -100,7 +100,7 @@ def test_stages_are_added_in_order_and_taken_away_with_null():
 
 
 def test_options_belong_to_the_name_that_they_were_written_beside(tmp_path):
-    (tmp_path / "other.py").write_text(
+    (tmp_path / "an_other_algorithm.py").write_text(
         "from dataclasses import dataclass\n"
         "from rlkit.types import Algorithm, Needs\n"
         "@dataclass(frozen=True)\n"
@@ -109,10 +109,10 @@ def test_options_belong_to_the_name_that_they_were_written_beside(tmp_path):
         "    def needs(self):\n"
         "        return Needs()\n"
     )
-    name = write("other.yaml", "defaults: [quickstart]\nstages: {main: {algorithm: other:Other}}\n")
-    plain = {"name": "other:Other", "strength": 1.0}
+    name = write("other.yaml", "defaults: [quickstart]\nstages: {main: {algorithm: an_other_algorithm:Other}}\n")
+    plain = {"name": "an_other_algorithm:Other", "strength": 1.0}
     assert recipe.read(name).recipe["stages"]["main"]["algorithm"] == plain
-    changed = ["stages.main.algorithm.strength=2", "stages.main.algorithm.name=other:Other"]
+    changed = ["stages.main.algorithm.strength=2", "stages.main.algorithm.name=an_other_algorithm:Other"]
     assert recipe.read("quickstart", changed).recipe["stages"]["main"]["algorithm"] == plain | {"strength": 2.0}
 
 

@@ -1,0 +1,348 @@
+"""What every entry of every catalogue must do. A new file is tested here without a line being written."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlkit import recipe, registry
+from rlkit.data import PromptBatch
+from rlkit.dist import Processes
+from rlkit.errors import RlkitError
+from rlkit.policy import Lora, Policy
+from rlkit.types import Context, FlowModel, Needs, Plan, Prompt, Rows, Samples, Scores
+from rlkit.world import grammar, scenes
+
+CPU = torch.device("cpu")
+CAN_READ = {"prompt", "image", "source_image", "references", "target_text", "metadata"}
+CAN_GIVE = {"path", "log_prob", "previews", "tokens", "turns"}
+MakeContext = Callable[..., Context]
+
+
+def built_in(kind: str) -> list[Any]:
+    """Every entry that is a file of this repository."""
+    return [pytest.param(one, id=one.name) for one in registry.describe(kind) if one.source == "built in"]
+
+
+EVERY = [pytest.param(case.values[0], id=f"{kind}/{case.id}") for kind in registry.KINDS for case in built_in(kind)]
+
+
+def build(entry: registry.Entry) -> Any:
+    """The entry with its default options. Skips those that need an option, an extra or weights from elsewhere."""
+    lacking = [option.name for option in entry.fields if option.default is None]
+    if lacking:
+        pytest.skip(f"needs {', '.join(lacking)}")
+    try:
+        return registry.build(entry.kind, entry.name, {})
+    except RlkitError as error:
+        if entry.extra:
+            pytest.skip(f"needs the extra {entry.extra}: {error}")
+        raise
+
+
+# ---- every entry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", EVERY)
+def test_an_entry_is_a_frozen_dataclass_with_a_docstring(entry: registry.Entry) -> None:
+    found = registry.load(entry.kind, entry.name)
+    assert entry.summary.endswith((".", ":")), "its first line is what `list` shows"
+    assert inspect.getdoc(found)
+    assert dataclasses.is_dataclass(found)
+    assert found.__dataclass_params__.frozen, "an entry is its own config: it is compared, printed and saved"
+
+
+@pytest.mark.parametrize("entry", EVERY)
+def test_options_have_a_default_or_a_description_and_survive_yaml(entry: registry.Entry) -> None:
+    undocumented = [one.name for one in entry.fields if one.default is None and not one.doc]
+    assert not undocumented, "an option that must be given says what it is, behind it or below it"
+    one = build(entry)
+    options = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.init}
+    assert registry.build(entry.kind, entry.name, json.loads(json.dumps(options))) == one
+
+
+@pytest.mark.parametrize("entry", EVERY)
+def test_a_wrong_option_is_refused(entry: registry.Entry) -> None:
+    with pytest.raises(RlkitError, match="has no option 'no_such_option'"):
+        registry.build(entry.kind, entry.name, {"no_such_option": 1}, where="here")
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def world_samples(size: int = 6) -> Samples:
+    """Pictures that show their captions, in groups of two; the second of each group shows the next caption."""
+    captions = [caption for caption in grammar.panel("train", size // 2) for _ in range(2)]
+    shown = [captions[(i + 2 * (i % 2)) % size] for i in range(size)]
+    pictures = scenes.render_batch(shown, np.random.default_rng(0))
+    media = (torch.from_numpy(pictures) * 255).round() / 255
+    prompts = tuple(Prompt(i // 2, caption.text, caption.kind) for i, caption in enumerate(captions))
+    index = torch.arange(size)
+    return Samples(media, torch.zeros(size, 1, 1, 1), prompts, index // 2, index, index, version=0, total=size)
+
+
+@pytest.mark.parametrize("entry", built_in("rewards"))
+def test_a_reward_declares_what_it_reads_and_its_range(entry: registry.Entry) -> None:
+    reward = registry.load("rewards", entry.name)
+    assert set(reward.reads) <= CAN_READ
+    assert len(reward.reads) == len(set(reward.reads))
+    low, high = getattr(reward, "range", (0.0, 1.0))
+    assert low is None or high is None or low < high
+    assert isinstance(getattr(reward, "higher_is_better", True), bool)
+    assert callable(reward)
+
+
+@pytest.mark.parametrize("entry", built_in("rewards"))
+def test_a_reward_gives_one_number_a_sample(entry: registry.Entry) -> None:
+    reward, samples = build(entry), world_samples()
+    if hasattr(reward, "load"):
+        pytest.skip("loads weights")
+    before = samples.media.clone()
+
+    def ask(some: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        answer = reward(some)
+        values, parts = answer if isinstance(answer, tuple) else (answer, {})
+        columns = {name: torch.as_tensor(column) for name, column in parts.items()}
+        return torch.as_tensor(values), columns
+
+    values, parts = ask(samples)
+    assert values.shape == (len(samples),)
+    assert all(column.shape == (len(samples),) for column in parts.values())
+    assert all(name and "/" not in name for name in parts), "`REWARD/COMPONENT` is how they are logged"
+    low, high = getattr(reward, "range", (None, None))
+    finite = values[values.isfinite()]
+    assert low is None or (finite >= low).all()
+    assert high is None or (finite <= high).all()
+    torch.testing.assert_close(ask(samples)[0], values, equal_nan=True, msg="the same samples, the same numbers")
+    assert torch.equal(samples.media, before), "a reward changes no picture"
+    # A group alone is scored as it is among others: else a split over processes would change the numbers.
+    group = torch.tensor([2, 3])
+    torch.testing.assert_close(ask(samples.select(group))[0], values[group], equal_nan=True)
+
+
+# ---- algorithms ------------------------------------------------------------------------------------------------------
+
+PROMPTS = PromptBatch((Prompt(0, "a red circle"), Prompt(1, "two blue crosses")), group=4)
+
+
+def flow_algorithm(entry: registry.Entry) -> tuple[Any, Needs]:
+    algorithm = build(entry)
+    needs: Needs = algorithm.needs()
+    if needs.kind != "flow":
+        pytest.skip(f"is for {needs.kind}")
+    return algorithm, needs
+
+
+def stepped(entry: registry.Entry, policy: Policy, context: Context) -> tuple[Any, Samples, Rows]:
+    """Half a training step: plan, collect, score at random, rows."""
+    algorithm, needs = flow_algorithm(entry)
+    for name in ("old", "reference"):
+        if getattr(needs, name):
+            policy.keep(name)
+    at = replace(context, state=algorithm.start())
+    rollout = registry.build("rollouts", "local", {"steps": context.sampling_steps})
+    samples = rollout.start(policy, Processes()).collect(PROMPTS, algorithm.plan(at), at)
+    raw = torch.rand(len(samples), 1, generator=at.generator("reward"))
+    raw[1] = torch.nan
+    scores = Scores(("one",), raw, torch.isfinite(raw), torch.ones(1))
+    return algorithm, samples, algorithm.rows(samples, scores, at)
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_needs_follow_from_the_options_alone(entry: registry.Entry) -> None:
+    algorithm = build(entry)
+    needs = algorithm.needs()
+    assert isinstance(needs, Needs)
+    assert needs == algorithm.needs()
+    assert getattr(algorithm, "kind", needs.kind) == needs.kind
+    assert needs.group >= 1
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_a_plan_depends_on_seed_and_step_only(entry: registry.Entry, context: MakeContext) -> None:
+    algorithm, needs = flow_algorithm(entry)
+    for step in range(5):
+        at = context(step, state=algorithm.start())
+        plan = algorithm.plan(at)
+        assert isinstance(plan, Plan)
+        torch.manual_seed(step)
+        assert algorithm.plan(at) == plan
+        assert not needs.log_prob or plan.dynamics != "ode", "an ODE has no density"
+        assert not needs.path or plan.record
+        first, count = plan.window or (0, at.sampling_steps)
+        assert first >= 0
+        assert count >= 1
+        assert first + count <= at.sampling_steps
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_a_state_can_be_saved(entry: registry.Entry) -> None:
+    state = build(entry).start()
+    json.dumps({name: value for name, value in state.items() if not isinstance(value, Tensor)})
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_rows_are_numbered_over_all_processes(entry: registry.Entry, toy_policy: Policy, context: MakeContext) -> None:
+    _, _, rows = stepped(entry, toy_policy, context())
+    assert isinstance(rows, Rows)
+    assert dataclasses.is_dataclass(rows)
+    assert rows.row.dtype == torch.int64
+    assert sorted(rows.row.tolist()) == list(range(len(rows))), "0 .. rows - 1, each once"
+    assert all(len(column) == len(rows) for column in rows.columns().values() if not is_scalar(column))
+    batches = list(rows.batches(5, context()))
+    assert sorted(int(row) for batch in batches for row in batch.row) == list(range(len(rows)))
+
+
+def is_scalar(column: object) -> bool:
+    return isinstance(column, Tensor) and column.ndim == 0
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_losses_and_metrics_are_per_row(entry: registry.Entry, toy_policy: Policy, context: MakeContext) -> None:
+    algorithm, _, rows = stepped(entry, toy_policy, context())
+    with torch.no_grad():
+        for parameter in toy_policy.trainable.values():
+            parameter.mul_(1.001)  # off the point at which much is 0
+    whole = algorithm.loss(toy_policy.models, rows)
+    assert whole.terms
+    assert not any(values.requires_grad for values in whole.metrics.values())
+    some = torch.tensor([len(rows) - 1, 0, len(rows) // 2])
+    part = algorithm.loss(toy_policy.models, rows.select(some))
+    for name, (values, weight) in whole.terms.items():
+        assert values.shape == weight.shape == (len(rows),)
+        assert (weight >= 0).all()
+        assert not weight.requires_grad
+        torch.testing.assert_close(part.terms[name][0], values[some], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(part.terms[name][1], weight[some])
+    for name, values in whole.metrics.items():
+        torch.testing.assert_close(part.metrics[name], values[some], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("entry", built_in("algorithms"))
+def test_a_loss_moves_the_current_weights_only(entry: registry.Entry, toy_policy: Policy, context: MakeContext) -> None:
+    algorithm, _, rows = stepped(entry, toy_policy, context())
+    result = algorithm.loss(toy_policy.models, rows)
+    sum((values * weight).sum() for values, weight in result.terms.values()).backward()  # type: ignore[union-attr]
+    gradients = [parameter.grad for parameter in toy_policy.trainable.values()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert any((gradient != 0).any() for gradient in gradients if gradient is not None)
+    assert not any(tensor.requires_grad for kept in toy_policy.sets.values() for tensor in kept.values())
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+SHIPPED = ("tiny",)  # with weights in this repository; others are tested where their weights are
+
+
+@pytest.fixture(scope="module", params=[case for case in built_in("backbones") if case.id in SHIPPED])
+def model(request: pytest.FixtureRequest) -> FlowModel:
+    loaded = registry.build("backbones", request.param.name, {}).load(CPU, torch.float32)
+    assert isinstance(loaded, FlowModel)
+    return loaded
+
+
+def test_the_shipped_backbones_are_there() -> None:
+    assert set(SHIPPED) <= set(registry.names("backbones"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 40])
+def test_sigmas_descend_from_their_largest_to_0(model: FlowModel, steps: int) -> None:
+    sigmas = model.sigmas(steps)
+    assert sigmas.shape == (steps + 1,)
+    assert sigmas.dtype == torch.float32
+    assert (sigmas.diff() < 0).all()
+    assert 0.9 < sigmas[0] <= 1
+    assert sigmas[-1] == 0
+    assert torch.equal(model.sigmas(steps), sigmas), "a scheduler's memory may not show"
+
+
+def condition_of(model: FlowModel, texts: list[str]) -> dict[str, Tensor]:
+    rows = model.encode(texts)
+    assert len(rows) == len(texts)
+    assert len({tuple((name, tuple(row[name].shape)) for name in sorted(row)) for row in rows}) == 1
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def test_velocities_keep_shape_and_dtype_and_rows_apart(model: FlowModel) -> None:
+    texts = ["a red circle", "two blue crosses", "", "a cyan square left of a red triangle"]
+    x = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([1.0, 0.7, 0.3, 0.02])
+    condition = condition_of(model, texts)
+    assert not any(column.requires_grad for column in condition.values())
+    v = model.velocity(model.net, x, sigma, condition)
+    assert (v.shape, v.dtype) == (x.shape, x.dtype)
+    assert v.isfinite().all()
+    alone = model.velocity(model.net, x[2:3], sigma[2:3], condition_of(model, texts[2:3]))
+    torch.testing.assert_close(alone, v[2:3], rtol=0, atol=1e-4)
+    other = model.velocity(model.net, x, sigma, condition_of(model, texts[::-1]))
+    assert (other - v).abs().max() > 1e-3, "the text is read"
+
+
+@torch.no_grad()
+def test_decoded_latents_are_pictures(model: FlowModel) -> None:
+    latents = 3 * torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    media = model.decode(latents)
+    assert media.shape[:2] == (2, 3)
+    assert media.ndim == 4
+    assert media.min() >= 0
+    assert media.max() <= 1
+    torch.testing.assert_close(model.decode(latents[1:]), media[1:])
+
+
+def test_lora_targets_are_linear_layers_of_the_network(model: FlowModel) -> None:
+    names = {name: module for name, module in model.net.named_modules() if name}
+    for target in model.lora_targets:
+        found = [module for name, module in names.items() if name == target or name.endswith(f".{target}")]
+        assert found, target
+        assert all(isinstance(module, nn.Linear) for module in found), target
+    assert not model.net.training
+
+
+def test_unread_names_the_words_that_are_lost(model: FlowModel) -> None:
+    assert model.unread("a red circle") == []
+    assert all(word in "a zyxwvut circle" for word in model.unread("a zyxwvut circle"))
+
+
+def test_lora_attaches(tiny: Callable[..., Policy]) -> None:
+    policy = tiny(Lora(rank=2))
+    layers = {name.rsplit(".lora_", 1)[0] for name in policy.trainable}
+    assert {target for target in policy.model.lora_targets if any(layer.endswith(target) for layer in layers)} == set(
+        policy.model.lora_targets
+    )
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", built_in("rollouts"))
+def test_a_rollout_says_what_it_gives_and_starts(entry: registry.Entry) -> None:
+    rollout = registry.load("rollouts", entry.name)
+    assert set(rollout.gives) <= CAN_GIVE
+    assert rollout.kind in ("flow", "tokens")
+    assert list(inspect.signature(rollout.start).parameters)[1:3] == ["policy", "processes"]
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(registry.recipes()))
+def test_a_recipe_composes_and_fits_together(name: str) -> None:
+    setup = recipe.read(name)
+    assert setup.stages
+    assert recipe.resolve(setup.recipe) == setup, "what a run folder keeps is the same run"
+
+
+@pytest.mark.parametrize("name", sorted(registry.recipes()))
+def test_a_recipe_opens_with_its_command(name: str) -> None:
+    text = registry.recipes()[name].read_text(encoding="utf-8")
+    comment = text.split("\n\n")[0] if text.startswith("#") else ""
+    assert f"rlkit train {name}" in comment
+    assert "healthy run" in comment.lower()
