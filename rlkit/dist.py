@@ -6,6 +6,7 @@ of processes and the backend are what was asked, or the run stops.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -121,6 +122,9 @@ def start(asked: int = 1, device: str = "auto") -> Processes:
     if asked == 1:
         return Processes(device=place)
     backend = "nccl" if kind == "cuda" else "gloo"
+    # Imported after the group exists, as diffusers would, it keeps a reference to the group: its threads then outlive
+    # `close`, and now and then abort the interpreter while it ends, after all the work is done.
+    importlib.import_module("torch._dynamo")
     torch.distributed.init_process_group(backend)
     found, size = torch.distributed.get_backend(), torch.distributed.get_world_size()
     if (found, size) != (backend, asked):

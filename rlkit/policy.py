@@ -183,14 +183,26 @@ class Policy:
         for name in sorted(names):
             self.sets[name] = {key: tensors[f"{name}/{key}"].to(self.device).clone() for key in self.trainable}
 
-    def export(self, folder: Path) -> str:
-        """Write the weights for others to load; returns the line that loads them."""
+    def export(self, folder: Path, weights: str = "current") -> str:
+        """Write one set of the weights for others to load; returns the line that loads them."""
+        if weights != "current":
+            kept = self.snapshot()
+            self._put(self.sets[weights])
+            try:
+                return self.export(folder)
+            finally:
+                self._put(kept)
         if self.lora is None:
             self.net.save_pretrained(folder)  # type: ignore[operator]
             return f'{type(self.net).__name__}.from_pretrained("{folder}")'
         self.net.save_lora_adapter(folder, adapter_name=ADAPTER)  # type: ignore[operator]
         # diffusers looks for a pickle unless it is told otherwise.
         return f'transformer.load_lora_adapter("{folder}", prefix=None, use_safetensors=True)'
+
+    @torch.no_grad()
+    def _put(self, tensors: Tensors) -> None:
+        for name, parameter in self.trainable.items():
+            parameter.copy_(tensors[name])
 
 
 def ema_decay(step: int, longest: float) -> float:

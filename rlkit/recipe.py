@@ -235,9 +235,10 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
                 raise RecipeError(what, where=f"{where}.rewards.{reward.name}", hint=hint)
     if not any(reward.weight for reward in stage.rewards):
         raise RecipeError("all weights are 0: nothing would be learned.", where=f"{where}.rewards")
-    if stage.anchor == "ema" and stage.learner.ema is None:
-        hint = f"Set {where}.learner.ema, for instance to 0.99."
-        raise RecipeError("there is no average of the weights to refer to.", where=f"{where}.anchor", hint=hint)
+    for key, chosen in (("anchor", stage.anchor), ("evaluate.weights", stage.evaluate.weights)):
+        if chosen == "ema" and stage.learner.ema is None:
+            hint = f"Set {where}.learner.ema, for instance to 0.99."
+            raise RecipeError("there is no average of the weights to refer to.", where=f"{where}.{key}", hint=hint)
 
 
 def _check_sizes(stage: Stage, needs: Needs, where: str) -> None:

@@ -71,6 +71,7 @@ class Evaluation:
     every: int = 20  # training steps; 0: only first and last
     held_out: int = 256  # pictures
     ends: int | None = None  # pictures of the stage's first and last evaluation; None: as many as the others
+    weights: Literal["current", "ema"] = "current"  # what is evaluated, and exported at the end
 
     def __post_init__(self) -> None:
         for name, value in (("every", self.every), ("held_out", self.held_out), ("ends", self.ends or 0)):
@@ -244,7 +245,7 @@ class Run:
         return until is not None and row.get(until.metric, float("-inf")) > until.above
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
-        samples = self.rollout.collect(PromptBatch(prompts, 1), Plan(), self.context(0, "evaluate"))
+        samples = self.rollout.collect(PromptBatch(prompts, 1), Plan(policy_set=self.stage.evaluate.weights), self.context(0, "evaluate"))
         self.seed_torch("evaluate")
         return samples, self.scoring(samples, self.processes.gather)
 
@@ -380,8 +381,9 @@ def run(
                 train(under_way)
                 at = under_way.at
         if processes.first:
+            line = policy.export(folder / "weights", setup.stages[-1].evaluate.weights)
             total = {"seconds/total": time.monotonic() - started}
-            event("finished", names[-1], under_way.done, at, **total, load=policy.export(folder / "weights"))
+            event("finished", names[-1], under_way.done, at, **total, load=line)
     finally:
         tracker.close()
 
@@ -411,7 +413,7 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     rows = tuple(Prompt(id=i, text=text) for i, text in enumerate(prompts))
     context = Context(seed, "sample", 0, setup.stages[-1].rollout.steps, {}, Processes().gather)
     rollout = setup.stages[-1].rollout.start(policy, Processes())
-    media: Tensor = rollout.collect(PromptBatch(rows, n), Plan(), context).media
+    media: Tensor = rollout.collect(PromptBatch(rows, n), _shown(setup, policy), context).media
     return media
 
 
@@ -422,9 +424,16 @@ def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, fl
     if not prompts:
         raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")
     context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
-    samples = stage.rollout.start(policy, Processes()).collect(PromptBatch(prompts, 1), Plan(), context)
+    rollout = stage.rollout.start(policy, Processes())
+    samples = rollout.collect(PromptBatch(prompts, 1), _shown(setup, policy), context)
     scores = Scoring(stage.rewards, setup.options.max_unscored)(samples, Processes().gather)
     return describe_held_out(samples, scores, Processes().gather) | {"count": len(prompts)}
+
+
+def _shown(setup: Setup, policy: Policy) -> Plan:
+    """Sampling with the weights that the last stage evaluates; an untrained policy has only its own."""
+    weights = setup.stages[-1].evaluate.weights
+    return Plan(policy_set=weights if weights in policy.sets else "current")
 
 
 def same_recipe(setup: Setup, saved: checkpoint.Checkpoint) -> None:

@@ -286,3 +286,20 @@ def test_a_text_is_encoded_alike_whatever_it_is_encoded_with(tiny_model: FlowMod
         assert {name: column.shape for name, column in one.items()} == {n: c.shape for n, c in other.items()}
         for name, column in one.items():
             torch.testing.assert_close(column, other[name], rtol=0, atol=1e-5)
+
+
+def test_export_of_the_average_leaves_the_current_weights_alone(tiny: Callable[..., Policy], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    policy = tiny()
+    policy.keep("ema")
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(1.0)
+    before = policy.snapshot()
+    policy.export(tmp_path / "weights", "ema")
+    written = load_file(tmp_path / "weights" / "diffusion_pytorch_model.safetensors")
+    for name, parameter in policy.trainable.items():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(written[name], policy.sets["ema"][name])
+        assert not torch.equal(written[name], before[name])
