@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlkit import checkpoint, dist
+from rlkit import checkpoint, dist, recipe, trainer
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError
 from rlkit.tracking import Metrics
@@ -126,6 +126,12 @@ def test_a_reward_that_fails_on_one_process_is_masked_there(two):
 
 
 @distributed
+def test_nothing_of_the_group_is_left_once_it_is_closed(two):
+    """A thread that is, now and then aborts the interpreter as it ends: a run that went well would look failed."""
+    assert two.results["threads of the group"] == []
+
+
+@distributed
 def test_collective_operations(two):
     assert two.results["shares"] == [[0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2]]
     assert two.results["gathered"] == [0, 1, 2]  # of which the first process had none
@@ -146,6 +152,13 @@ def test_another_number_of_processes_than_asked_for(monkeypatch, made, asked):
         monkeypatch.setenv("WORLD_SIZE", made)
     with pytest.raises(DistributedError, match=f"^--nproc: {asked} processes were asked for, but .* made {made or 1}"):
         dist.start(asked, "cpu")
+
+
+def test_fewer_samples_than_processes_are_refused_at_the_start():
+    small = ["data.per_step=1", "data.group=3", "algorithm.window=3", "learner.batch=9"]
+    stage = recipe.read("quickstart", [f"stages.main.{word}" for word in small]).stages[0]
+    with pytest.raises(DistributedError, match=r"^stages\.main: 4 processes cannot share 3 samples\. Start fewer, or"):
+        trainer.Run(None, stage, None, Processes(0, 4), None, None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

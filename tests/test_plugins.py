@@ -58,7 +58,7 @@ def test_a_run_uses_a_reward_and_an_algorithm_of_another_package(site, small_bac
         *("train", "quickstart", "--quiet", f"policy.backbone.path={small_backbone}", f"run.dir={folder}"),
         *("run.threads=1", "run.wandb=disabled", "run.device=cpu", "stages.main.steps=1"),
         *("stages.main.data.per_step=2", "stages.main.data.group=4", "stages.main.learner.batch=12"),
-        "stages.main.evaluate.held_out=16",
+        *("stages.main.evaluate.held_out=16", "stages.main.rollout.steps=8"),
         *("stages.main.rewards.composition=null", "stages.main.rewards.acme_brightness={weight: 2.0, scale: 3.0}"),
         *("stages.main.algorithm={name: acme_calm, window: 3, clip: 2.0e-3}", "stages.main.expect=null"),
     ]

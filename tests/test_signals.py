@@ -23,6 +23,7 @@ def words(small_backbone):
     return [
         *("train", "quickstart", f"policy.backbone.path={small_backbone}", f"stages.main.steps={STEPS}"),
         *("stages.main.data.per_step=2", "stages.main.data.group=4", "stages.main.learner.batch=12"),
+        *("stages.main.rollout.steps=8", "stages.main.algorithm.window=3", "stages.main.algorithm.window_start=[0,4]"),
         *("stages.main.evaluate.every=25", "stages.main.evaluate.held_out=16", "stages.main.learner.ema=0.9"),
         *("run.checkpoint_every=3", "run.threads=1", "run.wandb=disabled", "run.device=cpu"),
     ]

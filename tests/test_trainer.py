@@ -263,6 +263,19 @@ def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(unbroken, tmp_path, at)
     same_end(folder, resumed)
 
 
+def test_prompts_that_come_back_are_read_as_they_were_the_first_time(tmp_path):
+    """A resumed run encodes them again, beside others than the unbroken run did: that must not change a bit."""
+    texts = ("a red circle", "two blue crosses", "a cyan square left of a red triangle", "a green star", "one cross")
+    path = words(tmp_path / "prompts.txt", *texts)
+    data = {"name": "prompts", "path": path, "per_step": 2, "group": 4}
+    setup = rewarded(build({"main": {"data": data, "steps": 9}}), brightness)
+    rows = go(setup, tmp_path / "whole")
+    for at in (1, 2, 3):
+        again = cut(tmp_path / "whole", tmp_path / f"from_{at}", at)
+        assert measured(go(setup, again, resume=True)) == measured(rows)
+        same_end(tmp_path / "whole", again)
+
+
 def test_every_set_moved_so_that_the_comparison_means_something(unbroken):
     _, folder, rows = unbroken
     first = checkpoint._load(folder / "checkpoints" / "000001").tensors

@@ -163,11 +163,14 @@ def main(folder, backbone):
     results["stopped"] = [stopped, len(set(lengths.tolist()))]
     run("stopped", build(backbone, steps=4), resume=True)
 
-    few = {"steps": 1, "evaluate": {"every": 0, "held_out": 1}, "data": {"name": "world", "per_step": 1, "group": 2}}
+    few = {"steps": 1, "evaluate": {"every": 0, "ends": 1}, "data": {"name": "world", "per_step": 1, "group": 2}}
     run("few", build(backbone, **few, learner={"lr": 1e-3, "batch": 1}))
     run("failed", build(backbone, FailSecond(), steps=1))
 
+    policies.clear()
     processes.close()
+    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    results["threads of the group"] = [name for name in threads if "gloo" in name]
     if processes.first:
         (folder / "results.json").write_text(json.dumps(results))
 
