@@ -41,6 +41,7 @@ class Pretraining:
     evaluate_on: int = 400  # validation captions, one picture each
     score_on: int = 1024  # captions of the validation and of the held-out split, at the end
     stop_strict: float = 1.0  # stop once the validation strict score is this high
+    stop_at: int | None = None  # samples after which to stop inside the schedule; None: at its end
 
 
 @torch.no_grad()
@@ -139,7 +140,7 @@ def pretrain(out: Path, settings: Pretraining, say: Callable[[str], None] = prin
             running.clear()
             say(str(history[-1]))
             tiny.save(out, average[0], average[1], autoencoder, {"settings": asdict(settings), "history": history})
-            if best["strict"] >= settings.stop_strict:
+            if best["strict"] >= settings.stop_strict or seen >= (settings.stop_at or settings.samples):
                 break
     return finish(out, settings, history)
 
@@ -158,7 +159,7 @@ def finish(out: Path, settings: Pretraining, history: list[dict[str, float]]) ->
     text_encoder = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float32)
     scores = {
         "command": "rlkit pretrain-world --out DIR "
-        + " ".join(f"{name}={value}" for name, value in asdict(settings).items()),
+        + " ".join(f"{name}={value}" for name, value in asdict(settings).items() if value is not None),
         "settings": asdict(settings),
         "history": history,
         "validation": evaluate(net, text_encoder, autoencoder, "validation", settings.score_on),

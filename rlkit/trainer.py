@@ -71,12 +71,15 @@ class Evaluation:
     every: int = 20  # training steps; 0: only first and last
     held_out: int = 256  # pictures
     ends: int | None = None  # pictures of the stage's first and last evaluation; None: as many as the others
+    steps: int | None = None  # denoising steps; None: as many as in training
     weights: Literal["current", "ema"] = "current"  # what is evaluated, and exported at the end
 
     def __post_init__(self) -> None:
         for name, value in (("every", self.every), ("held_out", self.held_out), ("ends", self.ends or 0)):
             if value < 0:
                 raise ValueError(f"{name} must be 0 or more, not {value}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, not {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,8 @@ class Run:
         return until is not None and row.get(until.metric, float("-inf")) > until.above
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
-        samples = self.rollout.collect(PromptBatch(prompts, 1), Plan(policy_set=self.stage.evaluate.weights), self.context(0, "evaluate"))
+        plan = showing(self.stage, self.policy)
+        samples = self.rollout.collect(PromptBatch(prompts, 1), plan, self.context(0, "evaluate"))
         self.seed_torch("evaluate")
         return samples, self.scoring(samples, self.processes.gather)
 
@@ -413,7 +417,7 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     rows = tuple(Prompt(id=i, text=text) for i, text in enumerate(prompts))
     context = Context(seed, "sample", 0, setup.stages[-1].rollout.steps, {}, Processes().gather)
     rollout = setup.stages[-1].rollout.start(policy, Processes())
-    media: Tensor = rollout.collect(PromptBatch(rows, n), _shown(setup, policy), context).media
+    media: Tensor = rollout.collect(PromptBatch(rows, n), showing(setup.stages[-1], policy), context).media
     return media
 
 
@@ -425,15 +429,15 @@ def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, fl
         raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")
     context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
     rollout = stage.rollout.start(policy, Processes())
-    samples = rollout.collect(PromptBatch(prompts, 1), _shown(setup, policy), context)
+    samples = rollout.collect(PromptBatch(prompts, 1), showing(stage, policy), context)
     scores = Scoring(stage.rewards, setup.options.max_unscored)(samples, Processes().gather)
     return describe_held_out(samples, scores, Processes().gather) | {"count": len(prompts)}
 
 
-def _shown(setup: Setup, policy: Policy) -> Plan:
-    """Sampling with the weights that the last stage evaluates; an untrained policy has only its own."""
-    weights = setup.stages[-1].evaluate.weights
-    return Plan(policy_set=weights if weights in policy.sets else "current")
+def showing(stage: Stage, policy: Policy) -> Plan:
+    """Sampling without exploration noise, as the stage evaluates; an untrained policy has only its own weights."""
+    weights = stage.evaluate.weights
+    return Plan(steps=stage.evaluate.steps, policy_set=weights if weights in policy.sets else "current")
 
 
 def same_recipe(setup: Setup, saved: checkpoint.Checkpoint) -> None:

@@ -55,6 +55,7 @@ class Plan:
     window: tuple[int, int] | None = None  # (first stochastic step, how many); None: every step
     shared_noise: bool = False  # one initial noise per group
     record: bool = False  # keep the path inside the window
+    steps: int | None = None  # denoising steps; None: as the rollout says
     policy_set: str = "current"
 
 

@@ -65,7 +65,7 @@ class LocalRollout:
         drawn = index if share else torch.zeros(1, dtype=torch.int64)
         policy.conditions.encode(prompts.prompts[i // prompts.group].text for i in drawn.tolist())
         model = policy.models[plan.policy_set]
-        sigmas = policy.model.sigmas(self.options.steps)
+        sigmas = policy.model.sigmas(plan.steps or self.options.steps)
         parts = []
         for part in drawn.split(self.options.batch or len(drawn)):
             texts = [prompts.prompts[i // prompts.group].text for i in part.tolist()]

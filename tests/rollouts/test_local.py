@@ -302,3 +302,10 @@ def test_sampling_leaves_no_gradient(toy_policy: Policy, context: MakeContext) -
 def test_option_errors(options: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Local(**options)
+
+
+def test_a_plan_may_ask_for_another_number_of_steps(tiny_policy: Policy, context: MakeContext) -> None:
+    asked = collect(tiny_policy, Plan(steps=STEPS - 2), context())
+    options = Local(steps=STEPS - 2).start(tiny_policy, Processes())
+    assert torch.equal(asked.latents, options.collect(PROMPTS, Plan(), context()).latents)
+    assert not torch.equal(asked.latents, collect(tiny_policy, Plan(), context()).latents)
