@@ -21,7 +21,7 @@ SCORES = ("strict", "graded", "mixed")
 
 @dataclass(frozen=True)
 class Composition:
-    """The share of a caption's claims that the picture makes true.
+    """Whether a picture of the embedded world makes its caption true: strict, graded, or the mean of both.
 
     score: 'strict' is 1 when every claim is true and nothing else is in the picture; 'graded' gives partial credit
     below .5; 'mixed' is their mean, so that a group without a fully true picture still has a signal. Report strict:

@@ -247,7 +247,7 @@ OVERRIDES = {  # override, then the words of the message
     "a limit that nothing measures": ("stages.main.until={metric: strict, above: 1}", "until.metric", "held_out/"),
     "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "'above'"),
     "an anchor without average": ("stages.main.anchor=ema", "stages.main.anchor", "stages.main.learner.ema"),
-    "no average to evaluate": ("stages.main.evaluate.weights=ema", "stages.main.evaluate.weights", "stages.main.learner.ema"),
+    "no average to evaluate": ("stages.main.evaluate.weights=ema", "evaluate.weights", "stages.main.learner.ema"),
     "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
     "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),
 }
