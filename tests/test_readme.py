@@ -1,0 +1,68 @@
+"""The README keeps its promises: its first command runs as written, its other commands exist, its tables are true."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rlkit import cli, registry
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\S+)([^\n]*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+MARKED = [text for language, marks, text in BLOCKS if language == "bash" and "ci" in marks.split()]
+
+
+def test_the_two_commands_are_there() -> None:
+    assert len(MARKED) == 1, "one bash block is marked `ci`: install, and train the quickstart"
+    assert "rlkit train quickstart" in MARKED[0]
+    assert (ROOT / ".ci" / "run").read_text().count("pytest") >= 1
+    assert any(re.search(r"^\.venv/bin/pytest$", text, flags=re.MULTILINE) for _, _, text in BLOCKS)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `rlkit ...` lines of a block, as words; comments and the path of the environment are left out."""
+    lines = [line.split("#")[0].strip().removeprefix(".venv/bin/") for line in text.splitlines()]
+    return [line.split()[1:] for line in lines if line.startswith("rlkit ")]
+
+
+@pytest.mark.parametrize("words", [words for lang, _, text in BLOCKS if lang == "bash" for words in commands(text)])
+def test_every_command_exists_and_names_a_recipe_that_composes(words: list[str]) -> None:
+    assert words[0] in cli.COMMANDS, f"`rlkit {words[0]}` is not a command"
+    if words[0] in ("train", "check") and "--resume" not in words and not words[1].endswith(".yaml"):
+        settings = [word for word in words[2:] if "=" in word and not word.startswith("-")]
+        assert cli.main(["check", words[1], *settings]) == 0
+
+
+@pytest.mark.parametrize("kind", ["algorithms", "rewards", "backbones", "rollouts"])
+def test_the_tables_are_what_the_registry_says(kind: str) -> None:
+    rows = [f"| `{entry.name}` | {entry.summary} |" for entry in registry.describe(kind) if entry.source == "built in"]
+    assert "\n".join(rows) in README, "the README's table should read:\n" + "\n".join(rows)
+
+
+@pytest.mark.readme
+def test_the_first_command_trains_as_written(tmp_path: Path) -> None:
+    """In a copy of the checkout, with a new environment: install, train, and a report that shows the gain."""
+    ask = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(ask, cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\n")):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "OMP_"))}
+    done = subprocess.run(["bash", "-euc", MARKED[0]], cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "report.html").stat().st_size > 10_000
+    report = [tmp_path / ".venv/bin/rlkit", "report", folder, "--json"]
+    shown = subprocess.run(report, check=True, capture_output=True, text=True, env=quiet)
+    strict = json.loads(shown.stdout)["held_out"]["strict"]
+    assert strict["after"] - strict["before"] > 0.05, strict  # more than two standard errors
+    print(done.stdout[-1500:])
