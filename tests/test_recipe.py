@@ -135,7 +135,7 @@ def test_lora_takes_the_place_of_full_training_and_back():
         ("stages.main.rewards.composition=0.5", "stages main rewards composition weight", 0.5),
         ("stages.main.expect.held_out/strict=> before", "stages main expect held_out/strict", "> before"),
         ("run.dir=/tmp/a (copy), b=c", "run dir", "/tmp/a (copy), b=c"),
-        ("stages.main.steps=${run.checkpoint_every}", "stages main steps", 20),
+        ("stages.main.steps=${run.checkpoint_every}", "stages main steps", 40),
         ("stages.main.data.kinds=[single, two]", "stages main data kinds", ["single", "two"]),
     ],
 )
@@ -235,19 +235,17 @@ OVERRIDES = {  # override, then the words of the message
     "no reward": ("stages.main.rewards.composition=null", "stages.main.rewards", "needs a reward"),
     "groups of one": ("stages.main.data.group=1", "stages.main.data.group", "2 or more, not 1"),
     "no prompts": ("stages.main.data.per_step=0", "stages.main.data", "per_step", "1 prompt or more"),
-    "a batch that does not divide": ("stages.main.learner.batch=100", "learner.batch", "384 rows", "96 or 128"),
-    "a batch above the rows": ("stages.main.learner.batch=1000", "learner.batch", "384 rows", "Use 384"),
+    "a batch that does not divide": ("stages.main.learner.batch=100", "learner.batch", "256 rows", "64 or 128"),
+    "a batch above the rows": ("stages.main.learner.batch=1000", "learner.batch", "256 rows", "Use 256"),
     "no noise": ("stages.main.algorithm.noise_level=0", "stages.main.algorithm", "noise_level must be above 0"),
     "an ODE": ("stages.main.algorithm.dynamics=ode", "algorithm.dynamics", "'flow', 'dance', 'cps', not 'ode'"),
-    "a window past the end": ("stages.main.algorithm.window_start=[0,8]", "algorithm", "after step 10", "at 7"),
+    "a window past the end": ("stages.main.algorithm.window_start=[0,9]", "algorithm", "after step 10", "at 8"),
     "a moving window without a length": ("stages.main.algorithm.window=null", "algorithm", "needs a length"),
-    "too few sampling steps": ("stages.main.rollout.steps=5", "stages.main.rollout.steps", "after step 5"),
+    "too few sampling steps": ("stages.main.rollout.steps=3", "stages.main.rollout.steps", "after step 3"),
     "no steps": ("stages.main.steps=0", "stages.main", "steps must be 1 or more, not 0"),
     "a rule": ("stages.main.expect.held_out/strict=up", "expect.held_out/strict", "'up' is no rule", "before"),
     "a limit that nothing measures": ("stages.main.until={metric: strict, above: 1}", "until.metric", "held_out/"),
     "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "'above'"),
-    "an anchor without average": ("stages.main.anchor=ema", "stages.main.anchor", "stages.main.learner.ema"),
-    "no average to evaluate": ("stages.main.evaluate.weights=ema", "evaluate.weights", "stages.main.learner.ema"),
     "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
     "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),
 }
@@ -351,10 +349,21 @@ def test_rewards_may_read_only_what_the_data_gives():
     assert "prompt" in message
 
 
+def test_evaluating_an_average_needs_one():
+    with pytest.raises(RecipeError, match=r"stages\.main\.evaluate\.weights: there is no average .*learner\.ema"):
+        recipe.read("quickstart", ["stages.main.learner.ema=null"])
+
+
+def test_an_anchor_needs_an_average():
+    changes = ["stages.main.learner.ema=null", "stages.main.evaluate.weights=current", "stages.main.anchor=ema"]
+    with pytest.raises(RecipeError, match=r"stages\.main\.anchor: there is no average .*stages\.main\.learner\.ema"):
+        recipe.read("quickstart", changes)
+
+
 def test_rows_are_counted_where_the_path_is_recorded():
     setup = recipe.read("quickstart")
     stage = setup.stages[0]
-    assert recipe.rows_per_step(stage) == 8 * 16 * 3
+    assert recipe.rows_per_step(stage) == 8 * 16 * 2
     whole = dataclasses.replace(stage, algorithm=_Asks(Needs(path=True)))
     assert recipe.rows_per_step(whole) == 8 * 16 * 9  # all steps but the last
     assert recipe.rows_per_step(dataclasses.replace(stage, algorithm=_Asks(Needs()))) is None
