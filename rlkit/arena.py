@@ -47,7 +47,7 @@ Facts = Mapping[str, Any]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value", help="changes to every contestant alike")
-    parser.add_argument("--seconds", type=_seconds, help=f"of training, for each run (default: {SECONDS:g})")
+    parser.add_argument("--seconds", type=_seconds, help=f"of one core, to train in (default: {SECONDS:g})")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="(default: 0,1,2)")
     parser.add_argument("--algorithms", metavar="A,B", help="of the built-in contestants only these")
     parser.add_argument("--recipes", nargs="+", default=[], metavar="FILE", help="contestants of your own")
@@ -158,7 +158,7 @@ def contestants(recipes: Sequence[str], words: Sequence[str], seconds: float) ->
         if [stage.name for stage in own.stages] != ["main"]:
             raise RecipeError("a contestant has one stage, called main.", where=one)
         _same(one, own, reference)
-        budget = f"stages.main.until={{metric: seconds, above: {seconds}}}"
+        budget = f"stages.main.until={{metric: cpu_seconds, above: {seconds}}}"
         changes = (*words, "run.threads=1", budget, *_often(own, seconds))
         found[name] = Contestant(name, one, changes, recipe.read(one, changes), _note(own, reference))
     return list(found.values())
@@ -198,7 +198,7 @@ def _counted(setup: Setup) -> dict[str, Any]:
 def _often(setup: Setup, seconds: float) -> list[str]:
     """As many evaluations within these seconds as the recipe has in its own."""
     until, every = setup.stages[0].until, setup.stages[0].evaluate.every
-    if until is None or until.metric != "seconds" or not every:
+    if until is None or until.metric != "cpu_seconds" or not every:
         return []
     return [f"stages.main.evaluate.every={max(1, round(every * seconds / until.above))}"]
 
@@ -355,7 +355,7 @@ def told(folder: Path) -> dict[str, Any]:
     effort: dict[int, tuple[float, int]] = {0: (0.0, 0)}  # after so many steps
     seconds, calls = 0.0, 0
     for row in record.train:
-        seconds += sum(value or 0.0 for key, value in row.items() if key.startswith("seconds/"))
+        seconds += row["cpu_seconds"]
         calls += row["network_calls"]
         effort[row["step"]] = seconds, calls
     curve = [[*effort[row["step"]], row[f"held_out/{arena_page.SCORES[0]}"]] for row in record.evaluations]

@@ -94,9 +94,10 @@ def _done(facts: Facts) -> str:
     settings = facts["settings"]
     seeds = [str(seed) for seed in settings["seeds"]]
     text = (
-        f"Each run has {settings['seconds']:g} s of training on one thread (evaluations not counted), from the same "
-        f"base; {'seeds' if len(seeds) > 1 else 'seed'} {_listed(seeds)}. Scores are on {facts['base']['pictures']:,} "
-        f"pictures of {settings['split'].replace('_', '-')} captions. The gain is the last evaluation less the first, "
+        f"Each run has {settings['seconds']:g} s of one processor core to train in (evaluations not counted), from the "
+        f"same base; {'seeds' if len(seeds) > 1 else 'seed'} {_listed(seeds)}. Scores are on "
+        f"{facts['base']['pictures']:,} pictures of {settings['split'].replace('_', '-')} captions. The gain is the "
+        "last evaluation less the first, "
         "never the best one."
     )
     return textwrap.fill(text, WIDTH)
@@ -154,7 +155,7 @@ def draw(facts: Facts, path: Path) -> None:
         return
     figure = Figure(figsize=(11.5, 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    scales = ((0, 1.0, "seconds of training, one thread"), (1, 1e-6, "millions of network calls"))
+    scales = ((0, 1.0, "seconds of one core, training"), (1, 1e-6, "millions of network calls"))
     noise = [scores["strict"] for scores in facts["base"]["scores"].values()]
     for axes, (column, scale, label) in zip(panels, scales, strict=True):
         axes.axhspan(min(noise), max(noise), color="0.86", lw=0, zorder=0)

@@ -322,13 +322,13 @@ def _recorded(stage: Stage, needs: Needs) -> int:
 
 def _check_ending(stage: Stage, where: str, expect: Mapping[str, str]) -> None:
     from rlkit.tracking import HELD_OUT, Expectation
-    from rlkit.trainer import SECONDS
+    from rlkit.trainer import TIMES
 
     for metric, rule in expect.items():
         Expectation.parse(rule, where=f"{where}.expect.{metric}")
-    if stage.until is not None and not stage.until.metric.startswith(HELD_OUT) and stage.until.metric != SECONDS:
+    if stage.until is not None and not stage.until.metric.startswith(HELD_OUT) and stage.until.metric not in TIMES:
         what = f"a stage ends on what an evaluation measures, not on {stage.until.metric!r}."
-        hint = f"Write for instance {HELD_OUT}strict, or {SECONDS} for its training time."
+        hint = f"Write for instance {HELD_OUT}strict, or {TIMES[0]} for its training time."
         raise RecipeError(what, where=f"{where}.until.metric", hint=hint)
 
 

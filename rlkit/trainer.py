@@ -28,7 +28,7 @@ from rlkit.sync import SharedMemory
 from rlkit.tracking import Tracker
 from rlkit.types import Context, Plan, Prompt, Rows, Samples, Scores, State, Tools, seed_of
 
-SECONDS = "seconds"  # what `until` may name beside an evaluation's metrics
+TIMES = ("seconds", "cpu_seconds")  # what `until` may name beside an evaluation's metrics
 
 
 class Interrupted(RlkitError):
@@ -81,8 +81,9 @@ class Evaluation:
 class Until:
     """End a stage before its steps are over: once an evaluation's `metric` is above a number.
 
-    The metric `seconds` is the stage's training time, evaluations and checkpoints not counted: how many steps fit in is
-    then the machine's doing, and not repeatable.
+    The metric `seconds` is the stage's training time, evaluations and checkpoints not counted, and `cpu_seconds` the
+    processor's time for it, which hardly depends on what else the machine does: how many steps fit in is then the
+    machine's doing, and not repeatable.
     """
 
     metric: str
@@ -164,7 +165,8 @@ class Run:
         self.models = Models(policy, self.scoring.with_gradient)
         self.state: State = {}
         self.clock: dict[str, float] = {}
-        self.seconds = 0.0  # of this stage's steps so far
+        self.cpu = 0.0  # seconds of the processor in this step
+        self.spent = dict.fromkeys(TIMES, 0.0)  # on this stage's steps so far
         self.over = False
         self.goal_reached = False  # the stage's `until`
         self.saved: int | None = None  # `done` of the newest checkpoint
@@ -209,9 +211,10 @@ class Run:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
         yield
         self.clock[phase] = self.clock.get(phase, 0.0) + time.monotonic() - started
+        self.cpu += time.process_time() - cpu
 
     def report(self, step: int, samples: Samples, scores: Scores) -> None:
         """Close a step: its row of metrics, then the evaluation and the checkpoint that are due."""
@@ -221,8 +224,10 @@ class Run:
         row |= describe_scores(samples, scores, self.processes.gather) | learned
         row |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.items()} | {"samples": samples.total}
         row["network_calls"] = int(self.processes.add(torch.tensor([self.policy.take_calls()])))
-        self.seconds += sum(self.clock.values())
-        self.clock = {}
+        row["cpu_seconds"] = self.cpu
+        for name, seconds in zip(TIMES, (sum(self.clock.values()), self.cpu), strict=True):
+            self.spent[name] += seconds
+        self.clock, self.cpu = {}, 0.0
         self.tracker.write(row)
         self.over = self.done >= self.stage.steps or self.out_of_time()
         every = self.stage.evaluate.every
@@ -234,11 +239,13 @@ class Run:
 
     @property
     def timed_by_the_clock(self) -> bool:
-        return self.stage.until is not None and self.stage.until.metric == SECONDS
+        return self.stage.until is not None and self.stage.until.metric in TIMES
 
     def out_of_time(self) -> bool:
         until = self.stage.until
-        return until is not None and self.timed_by_the_clock and self.processes.any(self.seconds > until.above)
+        if until is None or not self.timed_by_the_clock:
+            return False
+        return self.processes.any(self.spent[until.metric] > until.above)
 
     def evaluate(self, end: bool) -> bool:
         """Score the held-out prompts. True when the stage's goal, `until`, is reached."""
@@ -335,7 +342,7 @@ class Run:
             described = {
                 "stage": self.stage.name,
                 "done": self.done,
-                "seconds": self.seconds if self.timed_by_the_clock else None,  # else a run's files would differ by it
+                "spent": self.spent if self.timed_by_the_clock else None,  # else a run's files would differ by it
                 "reached": asdict(self.stage.until) if self.stage.until and self.goal_reached else None,
                 "learner": numbers,
                 "state": {k: v for k, v in self.state.items() if not isinstance(v, Tensor)},
@@ -354,7 +361,7 @@ class Run:
         self.state.update(part("state/") | saved.numbers["state"])
         self.done = self.saved = int(saved.numbers["done"])
         self.offset = saved.at - self.done
-        self.seconds = float(saved.numbers["seconds"] or 0)
+        self.spent |= saved.numbers["spent"] or {}
         # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.
         until = asdict(self.stage.until) if self.stage.until else None
         self.goal_reached = until is not None and until == saved.numbers["reached"]
