@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rlkit.errors import DataError, nearest
 from rlkit.types import Prompt, seed_of
 from rlkit.world import grammar
+
+MORE = ("target_text", "source", "references")  # keys of a JSON line that rewards may read
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,12 @@ def _prompt(caption: grammar.Caption) -> Prompt:
 
 @dataclass(frozen=True)
 class FilePrompts:
-    """A file of prompts: one a line, or JSON lines with "prompt" (or "text") and any other keys as metadata."""
+    """A file of prompts: one a line, or JSON lines with "prompt" (or "text") and any other keys as metadata.
 
-    gives = ("prompt", "metadata")
+    Some keys are more than that: "target_text", a text or a list of what should be legible in the picture; "source",
+    the file of a picture to edit or to repeat, and "references", a list of such files. Their paths begin where the
+    JSON lies.
+    """
 
     path: str
     per_step: int
@@ -104,6 +111,16 @@ class FilePrompts:
 
     def __post_init__(self) -> None:
         _check_sizes(self.per_step, self.group)
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What the first line has; of a file that is not there yet nothing is known, so nothing is denied."""
+        file = Path(self.path)
+        if not file.is_file():
+            return ("prompt", "metadata", *MORE)
+        where, line = next(_lines(file, "prompts"), ("", ""))
+        first = _json_object(line, where) if line.startswith("{") else {}
+        return ("prompt", "metadata", *(key for key in MORE if key in first))
 
     def open(self) -> Prompts:
         held_out = read_prompts(Path(self.held_out_path)) if self.held_out_path else ()
@@ -157,21 +174,24 @@ class _File:
             key = (seed, stage, position // size)
             if key not in self.orders:
                 self.orders[key] = np.random.default_rng(seed_of(*key, "epoch")).permutation(size)
-            chosen.append(self.prompts[self.orders[key][position % size]])
+            chosen.append(_with_pictures(self.prompts[self.orders[key][position % size]]))
         return PromptBatch(tuple(chosen), self.group)
 
     def held_out(self, count: int) -> tuple[Prompt, ...]:
         if self.world_split:
             return WorldPrompts(1, 1, held_out_split=self.world_split).held_out(count)
-        return tuple(self.kept[i % len(self.kept)] for i in range(count)) if self.kept else ()
+        return tuple(_with_pictures(self.kept[i % len(self.kept)]) for i in range(count)) if self.kept else ()
 
     def texts(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(prompt.text for prompt in self.prompts + self.kept))
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a file; empty lines are passed over. DataError with file and line for what cannot be read."""
-    prompts = tuple(_parse_line(line, i, where) for i, (where, line) in enumerate(_lines(path, "prompts")))
+    """The prompts of a file; empty lines are passed over. DataError with file and line for what cannot be read.
+
+    Pictures are looked for, and read when they are drawn: until then each is a `Picture` in the metadata.
+    """
+    prompts = tuple(_parse_line(line, i, where, path.parent) for i, (where, line) in enumerate(_lines(path, "prompts")))
     if not prompts:
         raise DataError("no prompts in this file", where=str(path), hint="Write one prompt a line.")
     return prompts
@@ -199,14 +219,53 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _parse_line(line: str, index: int, where: str) -> Prompt:
+def _parse_line(line: str, index: int, where: str, folder: Path) -> Prompt:
     if not line.startswith("{"):
         return Prompt(id=index, text=line)
     record = _json_object(line, where)
     text = record.pop("prompt", None) or record.pop("text", None)
     if not isinstance(text, str) or not text.strip():
         raise DataError('no "prompt" in this line', where=where, hint='Write {"prompt": "a red circle", ...}.')
-    return Prompt(id=index, text=text, metadata=record)
+    target = record.pop("target_text", [])
+    spans = [target] if isinstance(target, str) else target
+    if not isinstance(spans, list) or not all(isinstance(one, str) for one in spans):
+        raise DataError(f"'target_text' must be a text or a list of texts, not {target!r}", where=where)
+    return Prompt(id=index, text=text, metadata=_found_pictures(record, where, folder), target_text=tuple(spans))
+
+
+def _found_pictures(record: Mapping[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """The record with a `Picture` for each file that it names."""
+    references = record.get("references", [])
+    if not isinstance(references, list):
+        raise DataError(f"'references' must be a list of picture files, not {references!r}", where=where)
+    files = {"source": record["source"]} if "source" in record else {}
+    files |= {f"references[{i}]": one for i, one in enumerate(references)}
+    pictures = {key: Picture(key, where, 0, [files], folder) for key in files}
+    for picture in pictures.values():
+        picture.source()
+    found = dict(record)
+    if "source" in pictures:
+        found["source"] = pictures.pop("source")
+    if "references" in record:
+        found["references"] = tuple(pictures.values())
+    return found
+
+
+def _with_pictures(prompt: Prompt) -> Prompt:
+    """The prompt with its pictures read."""
+    found = {key: prompt.metadata[key] for key in ("source", "references") if key in prompt.metadata}
+    if not found:
+        return prompt
+    return replace(
+        prompt,
+        metadata={key: value for key, value in prompt.metadata.items() if key not in found},
+        source=_pixels(found["source"]) if "source" in found else None,
+        references=tuple(_pixels(one) for one in found.get("references", ())),
+    )
+
+
+def _pixels(picture: Picture) -> Tensor:
+    return torch.from_numpy(picture.read()).movedim(-1, 0).float() / 255  # [3, H, W]
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -216,26 +275,26 @@ HALVES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Picture:
-    """One half of a pair, read when it is wanted: only where to find it stays in memory."""
+    """A picture of a line, read when it is wanted: only where to find it stays in memory."""
 
-    half: str  # chosen or rejected
+    key: str  # of the line: chosen, rejected, source, references[0]
     where: str  # file and line, for messages
     row: int
-    table: Any = field(repr=False)  # rows[half]: a path from `folder`, or {"bytes": ..., "path": ...}
+    table: Any = field(repr=False)  # rows[row][key]: a path from `folder`, or {"bytes": ..., "path": ...}
     folder: Path = field(repr=False)
 
     def source(self) -> Path | bytes:
         """The file that holds the picture, or its bytes. DataError if there is neither."""
-        stored = self.table[self.row][self.half]
+        stored = self.table[self.row][self.key]
         if isinstance(stored, Mapping):
             if stored.get("bytes") is not None:
                 return bytes(stored["bytes"])
             stored = stored.get("path")
         if not isinstance(stored, str) or not stored:
-            what = f"{self.half!r} must be the path of a picture, not {stored!r}"
+            what = f"{self.key!r} must be the path of a picture, not {stored!r}"
             raise DataError(what, where=self.where, hint=f"Paths begin in {self.folder}.")
         if not (self.folder / stored).is_file():
-            what = f"the {self.half} picture {self.folder / stored} does not exist"
+            what = f"the {self.key} picture {self.folder / stored} does not exist"
             raise DataError(what, where=self.where, hint=f"Paths begin in {self.folder}.")
         return self.folder / stored
 
@@ -249,7 +308,7 @@ class Picture:
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises at a file that is cut off or no picture
-            raise DataError(f"cannot read the {self.half} picture {name}: {error}", where=self.where) from error
+            raise DataError(f"cannot read the {self.key} picture {name}: {error}", where=self.where) from error
 
 
 def read_pairs(path: Path, verify: bool = True) -> tuple[Prompt, ...]:

@@ -29,6 +29,16 @@ class Prompt:
     text: str
     kind: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    target_text: tuple[str, ...] = ()  # what should be legible in the picture
+    source: Tensor | None = field(default=None, compare=False, repr=False)  # [3, H, W] in 0..1, to edit or to repeat
+    references: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # [3, H, W] each
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """In the place of a reward's number: there is none, and why. It is masked and counted, and never becomes a 0."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -141,17 +151,27 @@ class Scores:
     weights: Tensor  # [R]
     components: Mapping[str, Tensor] = field(default_factory=dict)  # "reward/component" -> [N]
     previews: Scores | None = None  # of the samples' previews, [M, R]
+    values: Tensor | None = None  # [N, R] raw, turned so that more is better, shifted, scaled, clipped; None: as raw
+    combined: Tensor | None = None  # [N] where the total is more than a weighted sum; NaN where not scored
 
     @property
     def scored(self) -> Tensor:
         """[N] bool: every reward that counts gave a number. A sample with one missing is masked whole."""
-        return (self.valid | (self.weights == 0)).all(dim=1)
+        counted = (self.valid | (self.weights == 0)).all(dim=1)
+        return counted if self.combined is None else counted & torch.isfinite(self.combined)
+
+    @property
+    def used(self) -> Tensor:
+        """[N, R] what the total is made of: `values` where there are any, else the rewards' own numbers."""
+        return self.raw if self.values is None else self.values
 
     @property
     def total(self) -> Tensor:
-        """[N] fp32: the weighted sum; 0 where not scored, which `scored` masks."""
-        values = torch.where(self.valid, self.raw, torch.zeros_like(self.raw))
-        return torch.where(self.scored, values @ self.weights, torch.zeros(len(values)))
+        """[N] fp32: the weighted sum, or what the recipe's `total` makes of it; 0 where not scored, which `scored`
+        masks."""
+        values = torch.where(self.valid, self.used, torch.zeros_like(self.used))
+        total = values @ self.weights if self.combined is None else self.combined
+        return torch.where(self.scored, total, torch.zeros(len(values)))
 
 
 @dataclass(frozen=True)
@@ -384,10 +404,28 @@ class Backbone(Protocol):
     def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel: ...
 
 
-class Reward(Protocol):
-    """Samples in, one number a sample out, NaN where it could not score; or (numbers, {component: numbers})."""
+Values = Tensor | Sequence["float | Unscored | None"]
+"""One number a sample, [N]; NaN, None or `Unscored(reason)` where there is none."""
 
-    def __call__(self, samples: Samples) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]: ...
+
+class Reward(Protocol):
+    """Samples in, one number a sample out; or (numbers, {component: numbers}).
+
+    Nothing else is required. An entry of the catalogue also says, as class constants, read without importing it:
+    reads: of "prompt", "metadata", "target_text", "source", "references", what it looks at beside the picture.
+    range: (least, most), None for an end that it has not. A number outside is not counted.
+    higher_is_better: false turns the sign where the reward is trained on.
+    components: the names of its parts.
+    groupwise: true if a sample's number depends on the others of its group; it is then given whole groups.
+    differentiable: true if it passes a gradient to the picture.
+    licence, size, protocol: of the weights behind it, what they take, and where the way of scoring is described.
+    version: raised when the same options would give other numbers; part of the key of cached scores.
+
+    One that has to load something has `load(device)`, called once before the first samples, which returns what is then
+    called with samples (and closed, if that has `close`). The entry itself holds options only.
+    """
+
+    def __call__(self, samples: Samples) -> Values | tuple[Values, Mapping[str, Values]]: ...
 
 
 class Algorithm(Protocol):
@@ -438,6 +476,8 @@ __all__ = [
     "Scores",
     "State",
     "Tools",
+    "Unscored",
+    "Values",
     "VelocityModel",
     "generator",
     "seed_of",

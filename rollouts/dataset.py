@@ -96,7 +96,7 @@ class DatasetRollout:
         pixels = torch.from_numpy(picture.read()).permute(2, 0, 1)
         if tuple(pixels.shape) != self.shape:
             sizes = [f"{shape[2]}x{shape[1]}" for shape in (pixels.shape, self.shape)]
-            what = f"the {picture.half} picture is {sizes[0]}, but the policy draws {sizes[1]}"
+            what = f"the {picture.key} picture is {sizes[0]}, but the policy draws {sizes[1]}"
             raise DataError(what, where=picture.where, hint=f"Give the pictures the size {sizes[1]}.")
         return pixels.float() / 255
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rlkit import recipe
@@ -393,3 +394,70 @@ def test_pair_options_that_do_not_fit_are_refused_by_check(options: Mapping[str,
     words += [f"stages.main.data.{key}={value}" for key, value in options.items()]
     with pytest.raises(RecipeError, match=rf"command line: stages\.main\.data.*{text}"):
         recipe.read("quickstart", words)
+
+
+# ---- prompts with pictures -------------------------------------------------------------------------------------------
+
+
+def picture_file(folder: Path, name: str, size: tuple[int, int] = (4, 3), level: int = 255) -> str:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level, 0, 0)).save(folder / name)
+    return name
+
+
+def prompts_file(folder: Path, *rows: dict[str, Any]) -> Path:
+    file = folder / "edits.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def test_a_line_may_name_its_text_its_source_and_its_references(tmp_path: Path) -> None:
+    source, other = picture_file(tmp_path, "sub/a.png"), picture_file(tmp_path, "b.png", (2, 2), 51)
+    row = {"prompt": "make it blue", "source": source, "references": [other], "target_text": "OPEN", "task": "edit"}
+    file = prompts_file(tmp_path, row, {"prompt": "plain", "target_text": ["A", "B"]})
+    data = FilePrompts(str(file), per_step=2, group=1, held_out_path=str(file))
+    assert data.gives == ("prompt", "metadata", "target_text", "source", "references")
+    drawn = sorted(data.open().draw(0, "main", 0).prompts, key=lambda prompt: prompt.id)
+    for edit in (drawn[0], data.open().held_out(1)[0]):
+        assert edit.target_text == ("OPEN",)
+        assert edit.metadata == {"task": "edit"}
+        assert edit.source is not None
+        assert edit.source.shape == (3, 3, 4)
+        assert edit.source[0].eq(1).all()
+        assert edit.source[1:].eq(0).all()
+        assert [tuple(one.shape) for one in edit.references] == [(3, 2, 2)]
+        assert torch.equal(edit.references[0][0] * 255, torch.full((2, 2), 51.0))
+    assert (drawn[1].target_text, drawn[1].source, drawn[1].references) == (("A", "B"), None, ())
+
+
+def test_what_a_file_gives_is_read_from_its_first_line_and_an_absent_one_denies_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    assert FilePrompts(str(file), 1, 1).gives == ("prompt", "metadata", "target_text", "source", "references")
+    file.write_text("a red circle\n")
+    assert FilePrompts(str(file), 1, 1).gives == ("prompt", "metadata")
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "a picture that is not there": ({"source": "none.png"}, "the source picture .*none.png does not exist"),
+    "a source that is no path": ({"source": 7}, "'source' must be the path of a picture, not 7"),
+    "a reference that is not there": ({"references": ["none.png"]}, r"the references\[0\] picture .* does not exist"),
+    "references that are no list": ({"references": "a.png"}, "'references' must be a list of picture files"),
+    "a text that is none": ({"target_text": [1]}, "'target_text' must be a text or a list of texts"),
+    "no text at all": ({"target_text": {"a": 1}}, "'target_text' must be a text or a list of texts"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_pictures_and_texts_that_cannot_be_used(case: str, tmp_path: Path) -> None:
+    columns, words = BROKEN[case]
+    with pytest.raises(DataError, match=words) as caught:
+        FilePrompts(str(prompts_file(tmp_path, {"prompt": "x", **columns})), 1, 1).open()
+    assert caught.value.where.endswith("edits.jsonl:1")
+
+
+def test_a_picture_that_is_cut_off_is_found_when_it_is_drawn(tmp_path: Path) -> None:
+    name = picture_file(tmp_path, "a.png", (64, 64))
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+    data = FilePrompts(str(prompts_file(tmp_path, {"prompt": "x", "source": name})), 1, 1).open()
+    with pytest.raises(DataError, match="cannot read the source picture"):
+        data.draw(0, "main", 0)
