@@ -39,7 +39,8 @@ class AWM(Algorithm):
     solver: Literal["dpm", "euler"] = "dpm"  # of the sampler
     weighting: Literal["none", "ghuber"] = "none"  # of the squared error
     power: float = 0.25  # p of ghuber
-    advantage: Literal["global_norm", "group_norm", "no_std", "leave_one_out", "gdpo"] = "global_norm"
+    advantage: Literal["global_norm", "group_norm", "no_std", "leave_one_out", "gdpo"] | None = None
+    "None: global_norm, or gdpo where several rewards are summed."
     advantage_clip: float = 5.0
     kl: float = 0.0  # weight of mean((v - v_reference)^2)
 
@@ -62,7 +63,7 @@ class AWM(Algorithm):
         return Plan(policy_set="old", solver=self.solver)
 
     def rows(self, samples: Samples, scores: Scores, context: Context) -> NoisedRows:
-        everyone = advantage.of_step(self.advantage, samples, scores, context)  # [N_total]
+        everyone = advantage.of_step(self.advantage, samples, scores, context, "global_norm")  # [N_total]
         mine = everyone[samples.index].clamp(-self.advantage_clip, self.advantage_clip)
         generators = (context.generator("sigma", i) for i in samples.index.tolist())
         sigmas = flow.draw_sigmas(self.sigmas, self.draws, generators, samples.sigmas)  # [N, K]

@@ -43,7 +43,8 @@ class DiffusionNFT(Algorithm):
     sigmas: Literal["schedule", "uniform", "logit_normal"] = "schedule"  # schedule: those that sampling used
     solver: Literal["dpm", "euler"] = "dpm"  # of the sampler
     space: Literal["x0", "v"] = "x0"  # of the loss. x0: self-normalised, as in the reference code; v: the paper's
-    advantage: Literal["global_norm", "group_norm", "no_std", "leave_one_out", "gdpo"] = "global_norm"
+    advantage: Literal["global_norm", "group_norm", "no_std", "leave_one_out", "gdpo"] | None = None
+    "None: global_norm, or gdpo where several rewards are summed."
     advantage_clip: float = 5.0  # the advantage at which a sample is good (r = 1) or bad (r = 0) for sure
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"  # see `_kept`
     old_decay: Literal["copy", "slow", "late"] = "copy"  # how `old` follows the trained weights: decay types 0, 1, 2
@@ -74,7 +75,9 @@ class DiffusionNFT(Algorithm):
         return Plan(policy_set="old", solver=self.solver)
 
     def rows(self, samples: Samples, scores: Scores, context: Context) -> NoisedRows:
-        mine = self._kept(advantage.of_step(self.advantage, samples, scores, context)[samples.index])  # [N]
+        mine = self._kept(
+            advantage.of_step(self.advantage, samples, scores, context, "global_norm")[samples.index]
+        )  # [N]
         generators = (context.generator("sigma", i) for i in samples.index.tolist())
         sigmas = flow.draw_sigmas(self.sigmas, self.draws, generators, samples.sigmas)  # [N, K]
         return NoisedRows.from_samples(samples, mine, scores.scored, sigmas, context)

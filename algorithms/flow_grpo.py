@@ -55,7 +55,8 @@ class FlowGRPO(Algorithm):
     train_fraction: float = 1.0  # share of the recorded steps that is trained on, drawn anew each step
     step_weight: Literal["equal", "noise"] = "equal"  # noise: in proportion to a step's std, 1 in the schedule's mean
     shared_noise: bool = False  # one initial noise per group: its members then differ by their decisions alone
-    advantage: Literal["group_norm", "global_norm", "no_std", "leave_one_out", "gdpo"] = "group_norm"
+    advantage: Literal["group_norm", "global_norm", "no_std", "leave_one_out", "gdpo"] | None = None
+    "None: group_norm, or gdpo where several rewards are summed."
     advantage_clip: float = 5.0
     kl: float = 0.0  # beta of eq. 6
     kl_form: Literal["official", "exact", "v", "x"] = "official"

@@ -41,7 +41,13 @@ class ColourArea:
     reads = ("prompt",)
     range = (0.0, 1.0)
     higher_is_better = True
+    components = ()
+    groupwise = False
     differentiable = True
+    licence = "Apache-2.0"
+    size = "none"
+    protocol = "this repository"
+    version = "1"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

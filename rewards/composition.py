@@ -35,6 +35,12 @@ class Composition:
     reads = ("prompt",)
     range = (0.0, 1.0)
     higher_is_better = True
+    components = ("strict", "graded")
+    groupwise = False
+    licence = "Apache-2.0"
+    size = "none"
+    protocol = "this repository, rlkit/world/checker.py"
+    version = "1"
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:

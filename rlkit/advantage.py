@@ -98,11 +98,18 @@ SINGLE = {"group_norm": group_norm, "global_norm": global_norm, "no_std": no_std
 """The advantages of one number a sample, by the names that options give them."""
 
 
-def of_step(name: str, samples: Samples, scores: Scores, context: Context) -> Tensor:
-    """The advantage of every sample of the step, over all processes: `gdpo` or one of `SINGLE`. [N_total]"""
+def of_step(name: str | None, samples: Samples, scores: Scores, context: Context, alone: str = "group_norm") -> Tensor:
+    """The advantage of every sample of the step, over all processes: `gdpo` or one of `SINGLE`. [N_total]
+
+    name None: `alone`, but `gdpo` where several rewards are summed: the sum would be ruled by the one with the largest
+    scale.
+    """
     group, valid = context.gather(samples.group), context.gather(scores.scored)
+    if name is None:
+        name = "gdpo" if int((scores.weights != 0).sum()) > 1 and scores.combined is None else alone
     if name == "gdpo":
-        return gdpo(context.gather(scores.raw), group, scores.weights, valid=valid)
+        counted = scores.weights != 0  # one that is only watched may lack a number where the others have theirs
+        return gdpo(context.gather(scores.used[:, counted]), group, scores.weights[counted], valid=valid)
     return SINGLE[name](context.gather(scores.total), group, valid=valid)
 
 

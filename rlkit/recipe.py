@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlkit.trainer import PolicyOptions, Setup, Stage
     from rlkit.types import Needs
 
-STAGE = (*ENTRIES, "rewards", "learner", "evaluate", "train", "steps", "until", "anchor", "expect")
+STAGE = (*ENTRIES, "rewards", "total", "learner", "evaluate", "train", "steps", "until", "anchor", "expect")
 REQUIRED = (*ENTRIES, "rewards", "learner", "steps")  # `rewards: {}` says that there are none
 
 
@@ -107,6 +107,7 @@ def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
 
 def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
+    from rlkit.total import Total
     from rlkit.trainer import Evaluation, Stage, Until
 
     where = f"stages.{name}"
@@ -121,6 +122,8 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
     rollout, plain_rollout = _entry("rollouts", node.get("rollout"), f"{where}.rollout")
     algorithm, plain_algorithm = _entry("algorithms", node.get("algorithm"), f"{where}.algorithm")
     rewards, plain_rewards = _rewards(node.get("rewards"), f"{where}.rewards")
+    at = f"{where}.total"
+    total = registry.construct(Total, _mapping(node.get("total"), at), at, what="total")
     at = f"{where}.learner"
     learner = registry.construct(LearnerOptions, _mapping(node.get("learner"), at), at, what="learner")
     at = f"{where}.evaluate"
@@ -141,12 +144,14 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
         steps=numbers.steps,
         until=until,
         anchor=numbers.anchor,
+        total=total,
     )
     return stage, {
         "data": plain_data,
         "rollout": plain_rollout,
         "algorithm": plain_algorithm,
         "rewards": plain_rewards,
+        "total": _plain(total),
         "learner": _plain(learner),
         "evaluate": _plain(evaluate),
         "steps": numbers.steps,
@@ -176,23 +181,66 @@ def _entry(kind: str, node: Any, where: str) -> tuple[Any, Recipe]:
     return entry, {"name": name, **(_plain(entry) if dataclasses.is_dataclass(entry) else options)}
 
 
+@dataclass(frozen=True)
+class _Use:
+    """What a recipe may say of a reward beside the reward's own options."""
+
+    reward: str | None = None  # of the catalogue; None: the one of this name
+    weight: float | None = None  # None: 1, or 0 for evaluation alone
+    when: Literal["always", "evaluation"] = "always"
+    shift: float = 0.0
+    scale: float = 1.0
+    clip: tuple[float, float] | None = None
+    batch: int | None = None
+    workers: int = 1
+    processes: bool = False
+    timeout: float | None = None
+    retries: int = 0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("shift", self.shift), ("scale", self.scale)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
+        if self.when == "evaluation" and self.weight:
+            raise ValueError("when: evaluation is for what is watched, so its weight is 0. Leave the weight out")
+        if self.scale == 0:
+            raise ValueError("scale must not be 0. A reward of weight 0 is watched and counts for nothing")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip must be [least, most], not {list(self.clip)}")
+
+
 def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]:
+    from rlkit.scorer import Asking
     from rlkit.scoring import WeightedReward
 
+    ours = {one.name for one in dataclasses.fields(_Use)}
     rewards, plain = [], {}
     for name, value in _mapping(node, where).items():
         if value is None:
             continue
         at = f"{where}.{name}"
-        options = {"weight": value} if is_number(value) else dict(_mapping(value, at))
-        weight = options.pop("weight", 1.0)
-        if not is_number(weight) or not math.isfinite(weight):
+        if not isinstance(value, Mapping) and not is_number(value):
             hint = "Write NAME: 1.0 or NAME: {weight: 1.0, OPTION: VALUE}."
-            raise RecipeError(f"must be a number, not {weight!r}.", where=f"{at}.weight", hint=hint)
-        reward = registry.build("rewards", name, options, at)
-        own = _plain(reward) if dataclasses.is_dataclass(reward) else options
-        rewards.append(WeightedReward(name, reward, float(weight)))
-        plain[name] = {"weight": float(weight), **own}
+            raise RecipeError(f"must be a number or a mapping, not {value!r}.", where=at, hint=hint)
+        given = {"weight": value} if is_number(value) else dict(value)
+        said = {key: given.pop(key) for key in list(given) if key in ours}
+        use: _Use = registry.construct(_Use, said, at, what=name)
+        reward = registry.build("rewards", use.reward or name, given, at)
+        options = dataclasses.fields(reward) if dataclasses.is_dataclass(reward) else ()
+        taken = [one.name for one in options if one.name in ours]
+        if taken:
+            what = f"{use.reward or name} has an option {taken[0]!r}, a word by which every recipe means its own."
+            raise RecipeError(what, where=at, hint=f"Rename it in the reward. Such words: {', '.join(sorted(ours))}.")
+        asked = {one.name: getattr(use, one.name) for one in dataclasses.fields(Asking)}
+        asking = registry.construct(Asking, asked, at, what=name)
+        weight = use.weight if use.weight is not None else float(use.when == "always")
+        if not math.isfinite(weight):
+            raise RecipeError(f"must be a finite number, not {weight}.", where=f"{at}.weight")
+        rewards.append(WeightedReward(name, reward, weight, use.when, use.shift, use.scale, use.clip, asking))
+        own = _plain(reward) if dataclasses.is_dataclass(reward) else given
+        changed = {key: one for key, one in _plain(use).items() if key != "weight" and one != getattr(_Use, key)}
+        plain[name] = {"weight": weight, **changed, **own}
     return tuple(rewards), plain
 
 
@@ -206,6 +254,7 @@ def check(setup: Setup) -> None:
         needs: Needs = stage.algorithm.needs()
         _check_kinds(setup.policy.backbone, stage, needs, where)
         _check_gives(stage, needs, where)
+        _check_total(stage, where)
         _check_sizes(stage, needs, where)
         _check_ending(stage, where, setup.recipe["stages"][stage.name]["expect"])
 
@@ -260,6 +309,32 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
         if chosen == "ema" and stage.learner.ema is None:
             hint = f"Set {where}.learner.ema, for instance to 0.99."
             raise RecipeError("there is no average of the weights to refer to.", where=f"{where}.{key}", hint=hint)
+
+
+def _check_total(stage: Stage, where: str) -> None:
+    """That the total can be formed of these rewards, and that the advantage does not need their sum's parts."""
+    if stage.total.plain:
+        return
+    counted = [one for one in stage.rewards if one.weight]
+    if getattr(stage.algorithm, "advantage", None) == "gdpo":
+        what = "gdpo compares each reward by itself, so it never sees a total that is more than their sum."
+        raise RecipeError(what, where=f"{where}.total", hint=f"Leave out {where}.algorithm.advantage, or the total.")
+    for one in counted:
+        if stage.total.form != "sum" and one.bounds[0] < 0:
+            what = f"{stage.total.form} needs numbers of 0 and more, and {one.name} goes down to {one.bounds[0]:g}."
+            hint = f"Set {where}.rewards.{one.name}.shift and .scale, or .clip: [0.0, 1.0]."
+            raise RecipeError(what, where=f"{where}.total.form", hint=hint)
+        if stage.total.form != "sum" and one.weight < 0:
+            hint = "A weight is an exponent here."
+            raise RecipeError("must be above 0.", where=f"{where}.rewards.{one.name}.weight", hint=hint)
+    parts = {one.name: getattr(one.reward, "components", None) for one in stage.rewards if one.when == "always"}
+    for i, gate in enumerate(stage.total.gates):
+        name, _, part = gate.column.partition("/")
+        known = [*parts, *(f"{one}/{each}" for one, own in parts.items() for each in own or ())]
+        undeclared = part and name in parts and parts[name] is None  # a reward that does not list its components
+        if gate.column not in known and not undeclared:
+            what = f"no reward or component named {gate.column!r} is scored in training.{nearest(gate.column, known)}"
+            raise RecipeError(what, where=f"{where}.total.gates[{i}].when", hint=f"Known: {', '.join(known)}.")
 
 
 def _check_sizes(stage: Stage, needs: Needs, where: str) -> None:

@@ -64,9 +64,10 @@ def write_rows(file: Path, rows: Rows, culprit: int | None) -> None:
 
 
 def describe_held_out(samples: Samples, scores: Scores, gather: Gather) -> dict[str, float]:
-    """Held-out means of the total and of every component: with standard errors, and by kind of prompt."""
+    """Held-out means of the total, of every reward and component: with standard errors, and by kind of prompt."""
     components = _components(scores, gather)
     columns = {"reward": torch.where(scores.scored, scores.total, torch.nan)}
+    columns |= dict(zip(scores.names, scores.raw.unbind(1), strict=True))
     columns |= {_short(name, components): values for name, values in components.items()}
     kinds = {prompt.kind for prompt in samples.prompts if prompt.kind}
     row: dict[str, float] = {}

@@ -83,7 +83,10 @@ def run(
                     under_way.stop_if_asked()
                     under_way.warn_of_unread_words()
                     under_way.evaluate(end=True)
-                train(under_way)
+                try:
+                    train(under_way)
+                finally:
+                    under_way.scoring.close()
                 at = under_way.at
         if processes.first:
             line = policy.export(folder / "weights", setup.stages[-1].evaluate.weights)
@@ -131,7 +134,11 @@ def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, fl
     context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
     rollout = stage.rollout.start(policy, Processes())
     samples = rollout.collect(PromptBatch(prompts, 1), showing(stage, policy), context)
-    scores = Scoring(stage.rewards, setup.options.max_unscored)(samples, Processes().gather)
+    scoring = Scoring(stage.rewards, setup.options.max_unscored, stage.total, policy.device)
+    try:
+        scores = scoring(samples, Processes().gather, held_out=True)
+    finally:
+        scoring.close()
     return describe_held_out(samples, scores, Processes().gather) | {"count": len(prompts)}
 
 

@@ -25,6 +25,7 @@ from rlkit.policy import Lora, Models, Policy
 from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.sync import SharedMemory
+from rlkit.total import Total
 from rlkit.tracking import Tracker
 from rlkit.types import Context, Plan, Prompt, Rows, Samples, Scores, State, Tools, seed_of
 
@@ -109,6 +110,7 @@ class Stage:
     steps: int
     until: Until | None = None
     anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
+    total: Total = field(default_factory=Total)  # how the rewards become one number
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Run:
         self.learner = Learner(policy, stage.learner, processes)
         self.rollout = stage.rollout.start(policy, processes)
         self.prompts = stage.data.open()
-        self.scoring = Scoring(stage.rewards, setup.options.max_unscored)
+        self.scoring = Scoring(stage.rewards, setup.options.max_unscored, stage.total, processes.device)
         self.sync = SharedMemory()
         self.models = Models(policy, self.scoring.with_gradient)
         self.state: State = {}
@@ -272,7 +274,7 @@ class Run:
         plan = showing(self.stage, self.policy)
         samples = self.rollout.collect(PromptBatch(prompts, 1), plan, self.context(0, "evaluate"))
         self.seed_torch("evaluate")
-        return samples, self.scoring(samples, self.processes.gather)
+        return samples, self.scoring(samples, self.processes.gather, held_out=True)
 
     def warn_of_unread_words(self) -> None:
         """Count a user's prompts that the text encoder cannot read as they are written."""

@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from rlkit import cli
+from rlkit import cli, recipe
+from rlkit.errors import RecipeError
 from rlkit.tracking import Metrics
 
 MODULE = '''
@@ -21,10 +22,10 @@ from rlkit.algorithms.flow_grpo import FlowGRPO
 class Brightness:
     """How bright a picture is."""
 
-    scale: float = 1.0
+    gain: float = 1.0
 
     def __call__(self, samples):
-        values = samples.media.mean((1, 2, 3)) * self.scale
+        values = samples.media.mean((1, 2, 3)) * self.gain
         return values, {"red": samples.media[:, 0].mean((1, 2))}
 
 
@@ -59,17 +60,24 @@ def test_a_run_uses_a_reward_and_an_algorithm_of_another_package(site, small_bac
         *("run.threads=1", "run.wandb=disabled", "run.device=cpu", "stages.main.steps=1"),
         *("stages.main.data.per_step=2", "stages.main.data.group=4", "stages.main.learner.batch=12"),
         *("stages.main.evaluate.held_out=16", "stages.main.rollout.steps=8"),
-        *("stages.main.rewards.composition=null", "stages.main.rewards.acme_brightness={weight: 2.0, scale: 3.0}"),
+        *("stages.main.rewards.composition=null", "stages.main.rewards.acme_brightness={weight: 2.0, gain: 3.0}"),
         *("stages.main.algorithm={name: acme_calm, window: 3, clip: 2.0e-3}", "stages.main.expect=null"),
     ]
     assert cli.main(words) == 0
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())["stages"]["main"]
-    assert recipe["rewards"] == {"acme_brightness": {"weight": 2.0, "scale": 3.0}}
+    assert recipe["rewards"] == {"acme_brightness": {"weight": 2.0, "gain": 3.0}}
     assert (recipe["algorithm"]["name"], recipe["algorithm"]["noise_level"]) == ("acme_calm", 0.3)
     (row,) = [row for row in Metrics.read(folder) if row["kind"] == "train"]
     assert row["reward/mean"] == pytest.approx(2 * row["acme_brightness/mean"])
     assert 0 < row["acme_brightness/red"] <= 1
     assert row["unscored"] == 0
+
+
+def test_an_option_of_a_reward_that_recipes_keep_for_themselves_is_refused(site):
+    (site / "acme.py").write_text(MODULE.replace("gain", "clip"))
+    with pytest.raises(RecipeError, match="acme_brightness has an option 'clip', a word by which every recipe means"):
+        recipe.read("quickstart", ["stages.main.rewards={acme_brightness: 1.0}"])
+
 
 
 def test_they_are_listed_with_where_they_come_from(site):

@@ -3,14 +3,17 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlkit import advantage
 from rlkit.errors import RewardError
 from rlkit.scoring import Scoring, WeightedReward
-from rlkit.types import Samples, Scores
+from rlkit.total import Gate, Total
+from rlkit.types import Context, Samples, Scores
 
 MakeSamples = Callable[..., Samples]
 
@@ -193,3 +196,124 @@ def test_a_reward_that_is_only_watched_masks_nobody(six: Samples) -> None:
     assert scores.scored.all()
     assert scores.total.tolist() == [1.0] * 6
     assert not scores.valid[:, 1].any(), "what it did not score is still known"
+
+
+# ---- what the recipe makes of the numbers ----------------------------------------------------------------------------
+
+
+class Worse:
+    """Less is better."""
+
+    higher_is_better = False
+    range = (0.0, 4.0)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 1.0])
+
+
+def alone(values: Tensor) -> Tensor:
+    return values
+
+
+def test_a_number_is_turned_shifted_scaled_and_clipped_and_kept_as_it_was(six: Samples) -> None:
+    entry = WeightedReward("worse", Worse(), 2.0, shift=-4.0, scale=0.25, clip=(0.25, 1.0))
+    scores = Scoring((entry,))(six, alone)
+    assert scores.raw[:, 0].tolist() == [0, 1, 2, 3, 4, 1]
+    assert scores.used[:, 0].tolist() == [1, 0.75, 0.5, 0.25, 0.25, 0.75]
+    assert scores.total.tolist() == [2, 1.5, 1, 0.5, 0.5, 1.5]
+    assert entry.bounds == (0.25, 1.0)
+    assert WeightedReward("worse", Worse(), 1.0).bounds == (-4.0, 0.0)
+    assert WeightedReward("any", fixed([]), 1.0, scale=-2.0).bounds == (-math.inf, math.inf)  # type: ignore[arg-type]
+
+
+def test_the_gradient_is_that_of_the_value(six: Samples) -> None:
+    class Dark:
+        higher_is_better = False
+
+        def __call__(self, samples: Samples) -> Tensor:
+            return samples.media.mean((1, 2, 3))
+
+    leaf = six.media.clone().requires_grad_()
+    total = Scoring((WeightedReward("dark", Dark(), 2.0, shift=-1.0, scale=0.5),)).with_gradient(leaf, six.prompts)
+    torch.testing.assert_close(total, 1 - leaf.mean((1, 2, 3)))
+
+
+def test_a_reward_for_evaluation_is_not_asked_in_training(six: Samples) -> None:
+    asked: list[int] = []
+
+    def slow(samples: Samples) -> Tensor:
+        asked.append(len(samples))
+        return torch.full((len(samples),), 0.5)
+
+    scoring = Scoring((WeightedReward("fast", fixed([1.0] * 6), 1.0), WeightedReward("slow", slow, 0.0, "evaluation")))  # type: ignore[arg-type]
+    assert scoring(six, alone).names == ("fast",)
+    assert not asked
+    held_out = scoring(six, alone, held_out=True)
+    assert held_out.names == ("fast", "slow")
+    assert held_out.raw[:, 1].tolist() == [0.5] * 6
+    assert held_out.total.tolist() == [1.0] * 6
+
+
+def test_a_total_that_is_more_than_a_sum(six: Samples) -> None:
+    def judge(samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.tensor([0.64] * 6), {"following": torch.tensor([0.9, 0.9, 0.2, 0.2, 0.9, math.nan])}
+
+    rewards = (WeightedReward("judge", judge, 1.0), WeightedReward("looks", fixed([0.25] * 6), 1.0))  # type: ignore[arg-type]
+    total = Total("geometric_mean", (Gate("judge/following < 0.5", at_most=0.1),))
+    scores = Scoring(rewards, max_unscored=0.2, total=total)(six, alone)
+    assert scores.total[:5].tolist() == pytest.approx([0.4, 0.4, 0.1, 0.1, 0.4])
+    assert scores.scored.tolist() == [True] * 5 + [False], "what the gate cannot see is masked"
+    with pytest.raises(RewardError, match="1 of 6 samples have no total: a gate reads a component that was not given"):
+        Scoring(rewards, max_unscored=0.1, total=total)(six, alone)
+
+
+def test_what_a_scoring_loaded_is_closed(six: Samples) -> None:
+    class Loaded:
+        def __init__(self) -> None:
+            self.open = 0
+
+        def load(self, device: torch.device) -> "Loaded":
+            self.open += 1
+            return self
+
+        def __call__(self, samples: Samples) -> Tensor:
+            return torch.zeros(len(samples))
+
+        def close(self) -> None:
+            self.open -= 1
+
+    reward = Loaded()
+    scoring = Scoring((WeightedReward("loaded", reward, 1.0),))
+    assert reward.open == 0, "nothing is loaded before it is needed"
+    scoring(six, alone)
+    scoring(six, alone)
+    assert reward.open == 1
+    scoring.close()
+    assert reward.open == 0
+
+
+# ---- which advantage -------------------------------------------------------------------------------------------------
+
+
+def test_several_rewards_are_normalised_one_by_one_unless_the_recipe_says_otherwise(
+    six: Samples, context: Callable[..., Context]
+) -> None:
+    """A reward with a large scale rules a sum: GDPO gives each its weight."""
+    large, small = [0.0, 100.0] * 3, [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    both = score(six, large=fixed(large), small=fixed(small))
+    one = score(six, large=fixed(large), small=fixed(small), weights={"small": 0.0})
+    formed = replace(both, combined=both.total)
+    here = context()
+    shared = (4 / 6 * 4) ** 0.5 / 2  # the root mean square of 0, 0, -2, 2, -2, 2, by which they are divided, halved
+    expected = [0, 0, -1 / shared, 1 / shared, -1 / shared, 1 / shared]
+    assert advantage.of_step(None, six, both, here).tolist() == pytest.approx(expected, abs=1e-3)
+    assert advantage.of_step(None, six, one, here).tolist() == pytest.approx([-1, 1] * 3, abs=1e-4)
+    assert advantage.of_step("group_norm", six, both, here).tolist() == pytest.approx([-1, 1] * 3, abs=1e-4)
+    assert advantage.of_step(None, six, formed, here).tolist() == pytest.approx([-1, 1] * 3, abs=1e-4)
+    assert advantage.of_step(None, six, one, here, "no_std").tolist() == pytest.approx([-50, 50] * 3)
+
+
+def test_gdpo_passes_over_what_is_only_watched(six: Samples, context: Callable[..., Context]) -> None:
+    rewards = {"a": fixed([0.0, 1.0] * 3), "b": fixed([0.0, 1.0] * 3), "watched": fixed([None] * 6)}
+    scores = score(six, weights={"watched": 0.0}, **rewards)
+    assert advantage.of_step(None, six, scores, context()).tolist() == pytest.approx([-1, 1] * 3, abs=1e-3)
