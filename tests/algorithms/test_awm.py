@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from making import models_of, normal, scores_of
 from torch import Tensor
 
 from rlkit.algorithms.awm import AWM
@@ -15,38 +15,11 @@ from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local
-from rlkit.types import Context, Needs, NoisedRows, Plan, Prompt, Samples, Scores
+from rlkit.types import Context, Needs, NoisedRows, Plan, Prompt, Samples
 
 MakeContext = Callable[..., Context]
 PROMPTS = PromptBatch((Prompt(0, "a red circle"), Prompt(1, "two blue crosses")), group=3)
 D = 4 * 2 * 2
-
-
-def scores_of(values: list[float], valid: list[bool] | None = None) -> Scores:
-    raw = torch.tensor(values)[:, None]
-    scored = torch.ones(len(values), 1, dtype=torch.bool) if valid is None else torch.tensor(valid)[:, None]
-    return Scores(("one",), torch.where(scored, raw, torch.nan), scored, torch.ones(1))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Fixed:
-    """A velocity model that answers with one tensor, and remembers what it was asked."""
-
-    def __init__(self, v: Tensor) -> None:
-        self.v = v
-        self.asked: tuple[Tensor, Tensor] | None = None
-
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        self.asked = (x, sigma)
-        return self.v
-
-
-def models_of(v: Tensor, v_old: Tensor, v_reference: Tensor | None = None) -> Any:
-    reference = v if v_reference is None else v_reference
-    return SimpleNamespace(current=Fixed(v), old=Fixed(v_old), reference=Fixed(reference), old_is_current=False)
 
 
 def column(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import scores_of
 from torch import Tensor
 
 from rlkit.algorithms.best_of_n import BestOfN, best_of
@@ -15,15 +16,9 @@ from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local
-from rlkit.types import Context, Needs, NoisedRows, Plan, Prompt, Samples, Scores
+from rlkit.types import Context, Needs, NoisedRows, Plan, Prompt, Samples
 
 MakeContext = Callable[..., Context]
-
-
-def scores_of(values: list[float], valid: list[bool] | None = None) -> Scores:
-    raw = torch.tensor(values)[:, None]
-    scored = torch.ones(len(values), 1, dtype=torch.bool) if valid is None else torch.tensor(valid)[:, None]
-    return Scores(("one",), torch.where(scored, raw, torch.nan), scored, torch.ones(1))
 
 
 def finished(samples_of: Callable[..., Samples], n: int, group: int) -> Samples:

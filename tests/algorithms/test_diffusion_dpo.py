@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import scores_of
 from torch import Tensor
 
 from rlkit import flow
@@ -23,12 +24,6 @@ MakeContext = Callable[..., Context]
 MakeSamples = Callable[..., Samples]
 PROMPTS = PromptBatch((Prompt(0, "a red circle"), Prompt(1, "two blue crosses"), Prompt(2, "a cyan square")), group=4)
 REWARDS = [0.0, 0.4, 1.0, 0.3, 0.2, 0.1, 0.0, 0.9, 0.5, 0.1, 0.2, 0.3]
-
-
-def scores_of(values: Sequence[float], valid: Sequence[bool] | None = None) -> Scores:
-    raw = torch.tensor(values)[:, None]
-    scored = torch.ones(len(values), 1, dtype=torch.bool) if valid is None else torch.tensor(valid)[:, None]
-    return Scores(("one",), torch.where(scored, raw, torch.nan), scored, torch.ones(1))
 
 
 def numbered(samples_of: MakeSamples, n: int, group: int) -> Samples:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import scores_of
 from torch import Tensor
 
 from rlkit import flow
@@ -15,16 +16,10 @@ from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local
-from rlkit.types import Context, FlowRows, Needs, Path, Prompt, Samples, Scores
+from rlkit.types import Context, FlowRows, Needs, Path, Prompt, Samples
 
 MakeContext = Callable[..., Context]
 PROMPTS = PromptBatch((Prompt(0, "a red circle"), Prompt(1, "two blue crosses")), group=3)
-
-
-def scores_of(values: list[float], valid: list[bool] | None = None) -> Scores:
-    raw = torch.tensor(values)[:, None]
-    scored = torch.ones(len(values), 1, dtype=torch.bool) if valid is None else torch.tensor(valid)[:, None]
-    return Scores(("one",), torch.where(scored, raw, torch.nan), scored, torch.ones(1))
 
 
 def path_samples(samples_of: Callable[..., Samples], n: int, k: int, group: int = 2, first: int = 0) -> Samples:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import scores_of
 from torch import Tensor, nn
 
 from rlkit import flow, recipe
@@ -18,7 +19,7 @@ from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Models, Policy
 from rlkit.rollouts.local import Local
 from rlkit.scoring import Scoring, WeightedReward
-from rlkit.types import Condition, Context, FlowModel, Needs, Prompt, Reward, Samples, Scores
+from rlkit.types import Condition, Context, FlowModel, Needs, Prompt, Reward, Samples
 
 MakeContext = Callable[..., Context]
 PROMPTS = PromptBatch(tuple(Prompt(i, text) for i, text in enumerate(["a red circle", "two blue crosses", "x"])), 2)
@@ -30,11 +31,6 @@ def warmth(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     wanted = torch.tensor([0.2 + 0.1 * prompt.id for prompt in prompts], device=media.device)
     weight = torch.linspace(1, 2, media[0].numel()).reshape(media[0].shape)
     return 1 - (weight * (media - wanted[:, None, None, None]).square()).mean((1, 2, 3))
-
-
-def scores_of(values: Sequence[float]) -> Scores:
-    raw = torch.tensor(values)[:, None]
-    return Scores(("one",), raw, torch.isfinite(raw), torch.ones(1))
 
 
 def rolled(policy: Policy, algorithm: RewardBackprop, context: Context) -> tuple[Samples, StartRows]:
