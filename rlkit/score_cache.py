@@ -31,10 +31,18 @@ def keys(reward: Any, samples: Samples) -> list[str]:
     """One key a sample: SHA-256 of all that its score depends on."""
     kind = type(reward)
     fields = dataclasses.fields(reward) if dataclasses.is_dataclass(reward) else ()
-    options = {one.name: getattr(reward, one.name) for one in fields if one.compare}
+    options = {one.name: _told(getattr(reward, one.name)) for one in fields if one.compare}
     common = [f"{kind.__module__}.{kind.__qualname__}", getattr(reward, "version", "1"), options]
-    reads = getattr(reward, "reads", EVERYTHING)
+    reads = (*getattr(reward, "reads", EVERYTHING), *getattr(reward, "optional", ()))
     return [_key(common, reads, samples, i) for i in range(len(samples))]
+
+
+def _told(option: Any) -> Any:
+    """An option, and of one that names a file also which state of it: a prompt or weights may change in their place."""
+    if not isinstance(option, str) or not Path(option).is_file():
+        return option
+    state = Path(option).stat()
+    return [option, state.st_size, state.st_mtime_ns]
 
 
 def _key(common: list[Any], reads: Sequence[str], samples: Samples, i: int) -> str:

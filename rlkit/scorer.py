@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -40,6 +40,7 @@ class Asking:
     processes: bool = False  # each worker a process of its own: for slow Python, which threads would only share
     timeout: float | None = None  # seconds that a call may take; None: any time
     retries: int = 0  # further tries for a call that failed
+    ahead: bool = False  # begin with what is finished while the rest of a step is still being sampled
     cache: str | None = None  # a file of scores, so that none is asked for twice; runs may share it
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class Scorer:
         self.groupwise = bool(getattr(reward, "groupwise", True))  # one that does not say may compare
         self.callers: list[Callable[[Samples], Any]] = []  # one a worker
         self.cache: ScoreCache | None = None
+        self.begun: list[tuple[Tensor, Future[Answer]]] = []  # (positions in the step, their answer to come)
+        self.background: ThreadPoolExecutor | None = None
         self.sleep: Callable[[float], None] = time.sleep
 
     def start(self) -> None:
@@ -102,6 +105,10 @@ class Scorer:
         return first.scorer if isinstance(first, _Limited) else first
 
     def close(self) -> None:
+        self.forget()
+        if self.background:
+            self.background.shutdown()
+            self.background = None
         for caller in {id(one): one for one in self.callers}.values():
             if callable(shut := getattr(caller, "close", None)):
                 shut()
@@ -109,7 +116,37 @@ class Scorer:
             self.cache.close()
         self.callers, self.cache = [], None
 
+    def begin(self, samples: Samples) -> None:
+        """Score these in the background, unless the reward has to see all of a step. `__call__` waits for them."""
+        if not self.asking.ahead or self.groupwise:
+            return
+        self.start()
+        self.background = self.background or ThreadPoolExecutor(1)  # one part after the other: callers are not shared
+        self.begun.append((samples.index, self.background.submit(self._score, samples)))
+
+    def forget(self) -> None:
+        """Drop what was begun for samples that never came."""
+        for _, answer in self.begun:
+            answer.cancel()
+        self.begun = []
+
     def __call__(self, samples: Samples) -> Answer:
+        if not self.begun:
+            return self._score(samples)
+        place = {index: row for row, index in enumerate(samples.index.tolist())}
+        begun, self.begun = self.begun, []
+        whole, left = Answer.nothing(len(samples)), dict(place)
+        for indices, answer in begun:
+            rows = torch.tensor([place[index] for index in indices.tolist()], dtype=torch.int64)
+            whole.put(rows, answer.result())
+            for index in indices.tolist():
+                del left[index]
+        if left:
+            rows = torch.tensor(list(left.values()), dtype=torch.int64)
+            whole.put(rows, self._score(samples.select(rows)))
+        return whole
+
+    def _score(self, samples: Samples) -> Answer:
         self.start()
         if self.cache is None:
             return self._ask(samples)

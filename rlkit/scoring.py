@@ -77,6 +77,12 @@ class Scoring:
         for scorer in self.scorers.values():
             scorer.close()
 
+    def begin(self, samples: Samples) -> None:
+        """Take finished samples of a step whose other samples are still to come; `__call__` then has all of them."""
+        for one in self.rewards:
+            if one.when == "always":
+                self.scorers[one.name].begin(samples)
+
     def __call__(self, samples: Samples, gather: Callable[[Tensor], Tensor], held_out: bool = False) -> Scores:
         """`held_out`: with the rewards that are for evaluation alone."""
         asked = [one for one in self.rewards if held_out or one.when == "always"]

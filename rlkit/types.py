@@ -366,6 +366,7 @@ class Context:
     sampling_steps: int  # of the rollout
     state: State
     gather: Callable[[Tensor], Tensor]  # [n, ...] of each process -> [sum n, ...] of all, in rank order
+    sampled: Callable[[Samples], None] | None = None  # told of each part of a step that is finished before the others
 
     def generator(self, *purpose: object) -> torch.Generator:
         return generator(self.seed, self.stage, self.step, *purpose)
@@ -412,7 +413,8 @@ class Reward(Protocol):
     """Samples in, one number a sample out; or (numbers, {component: numbers}).
 
     Nothing else is required. An entry of the catalogue also says, as class constants, read without importing it:
-    reads: of "prompt", "metadata", "target_text", "source", "references", what it looks at beside the picture.
+    reads: of "prompt", "metadata", "target_text", "source", "references", what it cannot do without.
+    optional: those that it looks at where there are any.
     range: (least, most), None for an end that it has not. A number outside is not counted.
     higher_is_better: false turns the sign where the reward is trained on.
     components: the names of its parts.

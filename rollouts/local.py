@@ -68,24 +68,37 @@ class LocalRollout:
         model = policy.models[plan.policy_set]
         sigmas = policy.model.sigmas(plan.steps or self.options.steps)
         limit = self.options.batch
-        parts = []
+        parts, media = [], []
         for part in drawn.split(limit or len(drawn)):
             texts = [prompts.prompts[i // prompts.group].text for i in part.tolist()]
-            parts.append(_Sampling(model, policy, sigmas, plan, context, part, prompts.group, texts, limit).run())
-        latents = torch.cat([part.latents for part in parts])[: len(share)]
-        samples = Samples(
-            media=self._pictures(latents),
+            done = _Sampling(model, policy, sigmas, plan, context, part, prompts.group, texts, limit).run()
+            parts.append(done)
+            media.append(self._pictures(done.latents))
+            if context.sampled and len(part) < len(index):
+                context.sampled(self._finished(prompts, part, media[-1], done.latents, context))
+        kept = len(share)
+        media, latents = torch.cat(media)[:kept], torch.cat([part.latents for part in parts])[:kept]
+        samples = replace(
+            self._finished(prompts, index, media, latents, context),
+            path=_join([part.path for part in parts if part.path is not None], kept),
+            sigmas=sigmas,
+        )
+        return self._with_previews(samples, parts) if plan.completions is not None else samples
+
+    def _finished(
+        self, prompts: PromptBatch, index: Tensor, media: Tensor, latents: Tensor, context: Context
+    ) -> Samples:
+        """The samples of the step at these places."""
+        return Samples(
+            media=media,
             latents=latents.cpu(),
-            prompts=tuple(prompts.prompts[i // prompts.group] for i in share),
+            prompts=tuple(prompts.prompts[i // prompts.group] for i in index.tolist()),
             group=index // prompts.group,
             index=index,
             sample_id=context.step * len(prompts) + index,
             version=self.version,
             total=len(prompts),
-            path=_join([part.path for part in parts if part.path is not None], len(share)),
-            sigmas=sigmas,
         )
-        return self._with_previews(samples, parts) if plan.completions is not None else samples
 
     def _pictures(self, latents: Tensor) -> Tensor:
         media = self.policy.model.decode(latents).float().cpu()

@@ -312,3 +312,57 @@ def test_the_key_holds_the_options_and_the_version_and_not_what_is_not_read(six:
     found = [score_cache.keys(reward, one)[0] for reward in (Brightness(), Brightness(2.0), Newer())]
     assert len(set(found)) == 3
     assert score_cache.keys(Brightness(), CHANGES["the metadata"](one))[0] == found[0]
+
+
+def test_the_key_holds_the_state_of_a_file_that_an_option_names(six: Samples, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Judge:
+        template: str
+
+    file = tmp_path / "prompt.txt"
+    file.write_text("how good is it?")
+    before = score_cache.keys(Judge(str(file)), six)
+    assert score_cache.keys(Judge(str(file)), six) == before
+    file.write_text("how bad is it, then?")
+    assert score_cache.keys(Judge(str(file)), six) != before
+
+
+# ---- while the rest is still being sampled ---------------------------------------------------------------------------
+
+
+def parts_of(six: Samples) -> list[Samples]:
+    return [six.select(torch.tensor(rows)) for rows in ([4, 5], [0, 1])]
+
+
+def test_what_is_begun_ahead_gives_the_same_numbers(six: Samples) -> None:
+    reward = Brightness()
+    scorer = Scorer("bright", reward, Asking(ahead=True), CPU)
+    for part in parts_of(six):
+        scorer.begin(part)
+    answer = scorer(six)
+    torch.testing.assert_close(answer.values, torch.linspace(0, 1, 6))
+    torch.testing.assert_close(answer.components["half"], torch.linspace(0, 0.5, 6))
+    assert reward.calls == [2, 2, 2], "two that were begun, and the one that was not"
+    scorer(six)
+    assert reward.calls[3:] == [6], "the next step begins with nothing"
+    scorer.close()
+
+
+def test_failures_ahead_are_counted_like_others(six: Samples) -> None:
+    scorer = Scorer("flaky", Flaky(99), Asking(ahead=True), CPU)
+    for part in parts_of(six):
+        scorer.begin(part)
+    assert scorer(six).reasons == Counter({"ConnectionError: busy": 6})
+    scorer.close()
+
+
+def test_a_reward_that_compares_waits_for_all(six: Samples) -> None:
+    class Rank(Brightness):
+        groupwise = True
+
+    for reward, ahead in ((Rank(), True), (Brightness(), False)):
+        scorer = Scorer("rank", reward, Asking(ahead=ahead), CPU)
+        scorer.begin(six.select(torch.tensor([0, 1])))
+        assert not scorer.begun
+        scorer(six)
+        assert reward.calls == [6]

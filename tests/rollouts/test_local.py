@@ -357,3 +357,17 @@ def test_a_recorded_ode_has_states_and_no_density(toy_policy: Policy, context: M
     assert path.states.shape[1] == 4
     assert path.log_prob.isnan().all(), "a number here would be believed"
     assert path.noise_levels.tolist() == [0.0] * 3
+
+
+def test_parts_are_told_of_as_they_are_finished(tiny_policy: Policy, context: MakeContext) -> None:
+    """So that slow rewards can begin; what is told is what is returned in the end."""
+    told: list[Samples] = []
+    here = context(sampled=told.append)
+    whole = Local(steps=2, batch=3).start(tiny_policy, Processes()).collect(PROMPTS, Plan(), here)
+    assert torch.cat([part.index for part in told]).tolist() == whole.index.tolist()
+    assert torch.equal(torch.cat([part.media for part in told]), whole.media)
+    assert [prompt for part in told for prompt in part.prompts] == list(whole.prompts)
+    assert torch.cat([part.group for part in told]).tolist() == whole.group.tolist()
+    told.clear()
+    Local(steps=2).start(tiny_policy, Processes()).collect(PROMPTS, Plan(), here)
+    assert not told, "one part is the whole step"
