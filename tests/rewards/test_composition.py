@@ -74,6 +74,25 @@ def test_declarations() -> None:
     assert Composition.higher_is_better
 
 
+def test_a_picture_is_judged_by_itself() -> None:
+    samples = made([TRUE, WRONG, "two red circles"], [TRUE, TRUE, "two red circles"])
+    together = Composition()(samples)[0]
+    assert not Composition.groupwise
+    for row in range(3):
+        assert Composition()(samples.select(torch.tensor([row])))[0] == together[row]
+
+
+def test_no_samples_and_what_it_declares() -> None:
+    values, components = Composition()(samples_of(torch.zeros(0, 3, 32, 32), []))
+    assert values.shape == (0,)
+    assert tuple(components) == Composition.components
+
+
+def test_pictures_of_another_size_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"expected images of shape \[N, 3, 32, 32\]"):
+        Composition()(samples_of(torch.zeros(1, 3, 64, 64), [TRUE]))
+
+
 def test_a_bad_score_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"score='strickt' is none of .*did you mean 'strict'\?"):
         Composition(score="strickt")
