@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import __version__, arena, recipe, registry, sources
+from rlkit import __version__, arena, recipe, registry, reward_server, sources
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
@@ -339,6 +339,8 @@ def _describe(options: argparse.Namespace) -> int:
         return 0
     for one in found:
         print(f"{one['name']} ({one['kind'].removesuffix('s')}, {one['source']})\n\n{one['description']}")
+        if one["kind"] == "rewards":
+            print("\n".join(["", "card:", *_card(one["constants"])]))
         if one.get("options"):
             print("\noptions:")
         for option in one.get("options", ()):
@@ -346,6 +348,25 @@ def _describe(options: argparse.Namespace) -> int:
             doc = f"  {option['doc']}" if option["doc"] else ""
             print(f"  {option['name']}: {option['annotation']}{default}{doc}")
     return 0
+
+
+def _card(constants: Mapping[str, Any]) -> list[str]:
+    """What a reward says about itself, a line each."""
+    low, high = constants.get("range") or (None, None)
+    better = "more" if constants.get("higher_is_better", True) else "less"
+    ends = ["any" if end is None else f"{end:g}" for end in (low, high)]
+    lines = {
+        "range": f"{ends[0]} to {ends[1]}, {better} is better",
+        "reads": ", ".join(("image", *constants.get("reads", ()))),
+        "looks at": ", ".join(constants.get("optional", ())),
+        "components": ", ".join(constants.get("components", ())),
+        "compares": "within a group" if constants.get("groupwise") else "",
+        "gradient": "passes one to the picture" if constants.get("differentiable") else "",
+        "protocol": constants.get("protocol", ""),
+        "licence": constants.get("licence", ""),
+        "weights": constants.get("size", ""),
+    }
+    return [f"  {name}: {text}" for name, text in lines.items() if text]
 
 
 def _description(one: Mapping[str, Any]) -> str:
@@ -531,6 +552,9 @@ COMMANDS = {
     "report": Command("Write a run's report again, or print its numbers.", _report_arguments, _report),
     "bench": Command("Time the phases of a step against the bare network's calls.", _bench_arguments, _bench),
     "arena": Command("Compare algorithms with one budget of training time.", arena.arguments, arena.run),
+    "serve-reward": Command(
+        "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run
+    ),
     "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
 }
 

@@ -27,12 +27,12 @@ EVERYTHING = ("prompt", "metadata", "target_text", "source", "references")  # of
 _SLICE = 500  # keys in one query: SQLite bounds how many
 
 
-def keys(reward: Any, samples: Samples) -> list[str]:
-    """One key a sample: SHA-256 of all that its score depends on."""
+def keys(reward: Any, samples: Samples, fingerprint: str = "") -> list[str]:
+    """One key a sample: SHA-256 of all that its score depends on. fingerprint: what was found when it was loaded."""
     kind = type(reward)
     fields = dataclasses.fields(reward) if dataclasses.is_dataclass(reward) else ()
     options = {one.name: _told(getattr(reward, one.name)) for one in fields if one.compare}
-    common = [f"{kind.__module__}.{kind.__qualname__}", getattr(reward, "version", "1"), options]
+    common = [f"{kind.__module__}.{kind.__qualname__}", getattr(reward, "version", "1"), fingerprint, options]
     reads = (*getattr(reward, "reads", EVERYTHING), *getattr(reward, "optional", ()))
     return [_key(common, reads, samples, i) for i in range(len(samples))]
 

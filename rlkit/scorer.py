@@ -150,21 +150,21 @@ class Scorer:
         self.start()
         if self.cache is None:
             return self._ask(samples)
-        names = keys(self.reward, samples)
+        names = keys(self.reward, samples, self._fingerprint())
         known = self.cache.get(names)
         answer = Answer.nothing(len(samples))
         for row, key in enumerate(names):
             if key in known:
-                value, parts = known[key]
-                columns = {name: torch.tensor([number]) for name, number in parts.items()}
+                value, numbers = known[key]
+                columns = {name: torch.tensor([number]) for name, number in numbers.items()}
                 answer.put(torch.tensor([row]), Answer(torch.tensor([value]), columns))
         new = torch.tensor([row for row, key in enumerate(names) if key not in known], dtype=torch.int64)
         if len(new):
             fresh = self._ask(samples.select(new))
             answer.put(new, fresh)
             parts = [{name: float(c[i]) for name, c in fresh.components.items()} for i in range(len(new))]
-            scores = zip(fresh.values.tolist(), parts, strict=True)
-            self.cache.put(zip((names[row] for row in new.tolist()), scores, strict=True))
+            scores = list(zip(fresh.values.tolist(), parts, strict=True))
+            self.cache.put((names[row], score) for row, score in zip(new.tolist(), scores, strict=True))
         return answer
 
     def _ask(self, samples: Samples) -> Answer:
@@ -273,6 +273,9 @@ class Scorer:
             column = torch.where(outside, math.nan, column)
         components = {name: _column(part, n, Counter()) for name, part in parts.items()}
         return Answer(column, components, reasons)
+
+    def _fingerprint(self) -> str:
+        return "" if self.asking.processes else str(getattr(self.loaded, "fingerprint", ""))
 
     @property
     def loaded_card(self) -> Any:

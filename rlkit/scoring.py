@@ -96,7 +96,8 @@ class Scoring:
         n = len(prompts)
         index = torch.arange(n)
         samples = Samples(media, torch.zeros(n, 0), tuple(prompts), index, index, index, version=0, total=n)
-        columns, values, weights = {}, [], []
+        columns: dict[str, Tensor] = {}
+        values, weights = [], []
         for entry in self.rewards:
             if not entry.weight:
                 continue  # only looked at, so it needs no gradient

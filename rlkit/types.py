@@ -424,7 +424,8 @@ class Reward(Protocol):
     version: raised when the same options would give other numbers; part of the key of cached scores.
 
     One that has to load something has `load(device)`, called once before the first samples, which returns what is then
-    called with samples (and closed, if that has `close`). The entry itself holds options only.
+    called with samples (and closed, if that has `close`). The entry itself holds options only. What was loaded may know
+    its `range` better than the entry, and may have a `fingerprint`, which the key of cached scores then holds.
     """
 
     def __call__(self, samples: Samples) -> Values | tuple[Values, Mapping[str, Values]]: ...

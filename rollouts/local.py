@@ -77,9 +77,9 @@ class LocalRollout:
             if context.sampled and len(part) < len(index):
                 context.sampled(self._finished(prompts, part, media[-1], done.latents, context))
         kept = len(share)
-        media, latents = torch.cat(media)[:kept], torch.cat([part.latents for part in parts])[:kept]
+        latents = torch.cat([part.latents for part in parts])[:kept]
         samples = replace(
-            self._finished(prompts, index, media, latents, context),
+            self._finished(prompts, index, torch.cat(media)[:kept], latents, context),
             path=_join([part.path for part in parts if part.path is not None], kept),
             sigmas=sigmas,
         )

@@ -366,3 +366,22 @@ def test_a_reward_that_compares_waits_for_all(six: Samples) -> None:
         assert not scorer.begun
         scorer(six)
         assert reward.calls == [6]
+
+
+def test_what_was_loaded_may_tell_cached_scores_apart(six: Samples, tmp_path: Path) -> None:
+    """The server behind an address may be started again with other options."""
+
+    class Served:
+        groupwise, reads = False, ()
+
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def load(self, device: torch.device) -> Any:
+            loaded = Brightness(self.factor)
+            loaded.fingerprint = str(self.factor)  # type: ignore[attr-defined]
+            return loaded
+
+    file = str(tmp_path / "scores.sqlite")
+    for factor in (1.0, 0.5):
+        torch.testing.assert_close(ask(Served(factor), six, cache=file).values, torch.linspace(0, 1, 6) * factor)
