@@ -46,6 +46,21 @@ def test_the_tables_are_what_the_registry_says(kind: str) -> None:
     assert "\n".join(rows) in README, "the README's table should read:\n" + "\n".join(rows)
 
 
+def card(entry: registry.Entry) -> str:
+    """A reward's row in the table of cards."""
+    said = entry.constants
+    low, high = ("any" if end is None else f"{end:g}" for end in said["range"])
+    ends = f"{low} to {high}" + ("" if said["higher_is_better"] else ", less is better")
+    reads = ", ".join((*said["reads"], *(f"({one})" for one in said.get("optional", ())))) or "the picture alone"
+    return f"| `{entry.name}` | {ends} | {reads} | {said['size']} | {said['licence']} | {said['protocol']} |"
+
+
+def test_the_cards_of_the_rewards_are_what_the_registry_says() -> None:
+    rows = [card(entry) for entry in registry.describe("rewards") if entry.source == "built in"]
+    written = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in written, "the table in docs/rewards.md should read:\n" + "\n".join(rows)
+
+
 @pytest.mark.readme
 def test_the_first_command_trains_as_written(tmp_path: Path) -> None:
     """In a copy of the checkout, with a new environment: install, train, and a report that shows the gain."""

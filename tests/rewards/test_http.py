@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit import endpoints, registry, reward_server, wire
+from rlkit import cli, endpoints, registry, reward_server, wire
 from rlkit.errors import RecipeError, RewardError
 from rlkit.reward_worker import Worker
+from rlkit.rewards.http import _There
+from rlkit.tracking import Metrics
 from rlkit.types import Prompt, Unscored
 from rlkit.world.grammar import draw
 from rlkit.world.scenes import render_batch
@@ -477,3 +479,44 @@ def test_a_server_that_is_killed_costs_what_it_had_and_is_asked_again(tmp_path, 
         assert again == port
         assert there(samples)[0] == expected
     assert "answers again" in caplog.text
+
+
+def test_a_run_goes_on_while_its_server_is_killed_and_started_again(tmp_path, small_backbone, monkeypatch):
+    """What was lost is masked and counted; the step without any number teaches nothing, and the next has all again."""
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    servers = [started(tmp_path, 0)]
+    port, asked = servers[0][1], []
+    inside = _There.__call__
+
+    def ask(self, samples):
+        asked.append(len(samples))
+        if len(asked) == 3:  # the first evaluation and the first step had their numbers
+            servers[0][0].kill()
+            servers[0][0].wait()
+        if len(asked) == 4:
+            servers.append(started(tmp_path, port))
+        return inside(self, samples)
+
+    monkeypatch.setattr(_There, "__call__", ask)
+    folder = tmp_path / "run"
+    where = f"endpoints: {{urls: ['http://127.0.0.1:{port}'], tries: 2, request_timeout: {PATIENCE}}}"
+    words = [
+        *("train", "quickstart", "--quiet", f"policy.backbone.path={small_backbone}", f"run.dir={folder}"),
+        *("run.threads=1", "run.wandb=disabled", "run.device=cpu", "run.max_unscored=1.0", "stages.main.steps=3"),
+        *("stages.main.data.per_step=2", "stages.main.data.group=4", "stages.main.learner.batch=16"),
+        *("stages.main.evaluate={every: 0, held_out: 8, ends: null}", "stages.main.rollout.steps=8"),
+        f"stages.main.rewards={{composition: null, http: {{{where}}}}}",
+        *("stages.main.expect=null",),
+    ]
+    try:
+        assert cli.main(words) == 0
+    finally:
+        for server, _ in servers:
+            server.kill()
+            server.wait()
+    rows = [row for row in Metrics.read(folder) if row["kind"] == "train"]
+    assert [row["unscored"] for row in rows] == [0.0, 1.0, 0.0]
+    assert rows[1]["grad_norm"] == 0.0, "nothing was learned from what nobody scored"
+    assert rows[0]["grad_norm"] > 0
+    assert rows[2]["grad_norm"] > 0
+    assert len(servers) == 2
