@@ -117,14 +117,21 @@ class Frame:
 
 
 def chart(
-    title: str, lines: Sequence[Line], stages: Sequence[Span] = (), note: str = "", size: tuple[int, int] = LARGE
+    title: str,
+    lines: Sequence[Line],
+    stages: Sequence[Span] = (),
+    note: str = "",
+    size: tuple[int, int] = LARGE,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """A figure of the page: legend, axes, bands and lines. Nothing if no line has a point."""
+    """A figure of the page: legend, axes, bands and lines; `marks`: steps with what happened there, as upright lines.
+    Nothing if no line has a point."""
     lines = [line.thinned() for line in lines if line.points]
     if not lines:
         return ""
     frame = Frame.around(lines, stages, size)
     drawing = _stages(frame, stages) + _axes(frame) + "".join(_line(frame, line) for line in lines)
+    drawing += "".join(_mark(frame, at, text) for at, text in marks if frame.x_low <= at <= frame.x_high)
     legend = "".join(f'<span class="key {line.tone}">{escape(line.name)}</span>' for line in lines)
     caption = f"<b>{escape(title)}</b>{legend if len(lines) > 1 else ''}<small>{escape(note)}</small>"
     svg = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(title)}">{drawing}</svg>'
@@ -168,6 +175,10 @@ def _line(frame: Frame, line: Line) -> str:
             tip = f"<title>step {number(step)}: {value:.4g}</title>"
             parts.append(f'<circle class="mark {line.tone}" cx="{x}" cy="{y}" r="3">{tip}</circle>')
     return "".join(parts)
+
+
+def _mark(frame: Frame, at: float, text: str) -> str:
+    return f'<path class="alarm" d="M{frame.x(at)} {TOP}V{frame.floor}"><title>{escape(text)}</title></path>'
 
 
 def _pairs(places: Sequence[tuple[float, float]]) -> str:
@@ -223,7 +234,8 @@ class Sheet:
 
 
 def sheets(folder: Path) -> list[Sheet]:
-    """The run's sheets in order. One that a killed run left half-written is left out."""
+    """The run's sheets in order. One that a killed run left half-written is left out. What a monitor left behind by
+    going back, STEP-alarm, stands before what it went back to, STEP: by name it does."""
     found = []
     for path in sorted((folder / "samples").glob("*.json")):
         picture = path.with_suffix(".png")

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,16 @@ class Checkpoint:
     numbers: dict[str, Any]
 
 
-def save(run: Path, at: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep`: nothing is touched before the new one is whole."""
+def save(
+    run: Path,
+    at: int,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+    keep: int,
+    spare: Collection[int] = (),
+) -> Path:
+    """Write one checkpoint, then drop all but the newest `keep` and those of the steps in `spare`: nothing is touched
+    before the new one is whole."""
     from safetensors.torch import save_file
 
     final = run / FOLDER / f"{at:06d}"
@@ -70,8 +78,19 @@ def save(run: Path, at: int, tensors: Mapping[str, Tensor], numbers: Mapping[str
             raise _explain(OSError(errno.ENOSPC, "No space left on device"), run, at) from error
         raise
     for old in _finished(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if int(old.name) not in spare:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def at(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. CheckpointError where it is not as it was written."""
+    folder = run / FOLDER / f"{step:06d}"
+    fault = _fault(folder)
+    if fault is not None:
+        hint = "Resume: the newest whole checkpoint is taken, and it goes on from there."
+        raise CheckpointError(f"the checkpoint to go back to is damaged ({fault})", where=str(folder), hint=hint)
+    return _load(folder)
 
 
 def newest(run: Path) -> Checkpoint | None:

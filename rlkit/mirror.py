@@ -53,6 +53,10 @@ class Mirror:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         self._send(lambda: self._run.log(numbers))
 
+    def alert(self, title: str, text: str) -> None:
+        """A message to whoever follows the run."""
+        self._send(lambda: self._run.alert(title=title, text=text))
+
     def image(self, path: Path, at: int) -> None:
         def send() -> None:
             import wandb

@@ -8,6 +8,7 @@ then begins with the file and line that caused it, or says that it was the comma
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rlkit.trainer import PolicyOptions, Setup, Stage
     from rlkit.types import Needs
 
-STAGE = (*ENTRIES, "rewards", "total", "learner", "evaluate", "train", "steps", "until", "anchor", "expect")
+STAGE = (*ENTRIES, "rewards", "total", "learner", "evaluate", "monitors", "train", "steps", "until", "anchor", "expect")
 REQUIRED = (*ENTRIES, "rewards", "learner", "steps")  # `rewards: {}` says that there are none
 
 
@@ -79,15 +80,21 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
 def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     from rlkit.trainer import PolicyOptions
 
-    known(node, ("backbone", "train", "guidance"), "policy")
+    known(node, ("backbone", "train", "guidance", "negative"), "policy")
     backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
     lora, train = _train(_mapping(node.get("train"), "policy.train"))
     guidance = 1.0 if node.get("guidance") is None else node["guidance"]
     if not is_number(guidance) or not math.isfinite(guidance) or guidance < 0:
         what = f"must be a number, 0 or more, not {guidance!r}."
         raise RecipeError(what, where="policy.guidance", hint="1 is none; Stable Diffusion 3.5 is used with 4.5.")
-    options = PolicyOptions(backbone=backbone, lora=lora, guidance=float(guidance))
-    return options, {"backbone": plain, "train": train, "guidance": options.guidance}
+    negative = "" if node.get("negative") is None else node["negative"]
+    if not isinstance(negative, str):
+        raise RecipeError(f"must be a text, not {negative!r}.", where="policy.negative")
+    if negative and guidance == 1:
+        hint = "Set policy.guidance too; at 1 nothing is compared with it."
+        raise RecipeError("a negative prompt needs guidance.", where="policy.negative", hint=hint)
+    options = PolicyOptions(backbone=backbone, lora=lora, guidance=float(guidance), negative=negative)
+    return options, {"backbone": plain, "train": train, "guidance": options.guidance, "negative": negative}
 
 
 def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
@@ -107,6 +114,7 @@ def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
 
 def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
+    from rlkit.monitors import Monitors
     from rlkit.total import Total
     from rlkit.trainer import Evaluation, Stage, Until
 
@@ -128,6 +136,10 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
     learner = registry.construct(LearnerOptions, _mapping(node.get("learner"), at), at, what="learner")
     at = f"{where}.evaluate"
     evaluate = registry.construct(Evaluation, _mapping(node.get("evaluate"), at), at, what="evaluate")
+    at = f"{where}.monitors"
+    said = _mapping(node.get("monitors"), at)
+    off = "monitors" in node and node["monitors"] is None
+    monitors = Monitors.none() if off else registry.construct(Monitors, said, at, what="monitors")
     at = f"{where}.until"
     limit = _mapping(node.get("until"), at)
     until = registry.construct(Until, limit, at, what="until") if limit else None
@@ -145,6 +157,7 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
         until=until,
         anchor=numbers.anchor,
         total=total,
+        monitors=monitors,
     )
     return stage, {
         "data": plain_data,
@@ -154,6 +167,7 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
         "total": _plain(total),
         "learner": _plain(learner),
         "evaluate": _plain(evaluate),
+        "monitors": _plain(monitors),
         "steps": numbers.steps,
         "until": _plain(until),
         "anchor": numbers.anchor,
@@ -196,6 +210,7 @@ class _Use:
     processes: bool = False
     timeout: float | None = None
     retries: int = 0
+    ahead: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -227,8 +242,8 @@ def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]
         said = {key: given.pop(key) for key in list(given) if key in ours}
         use: _Use = registry.construct(_Use, said, at, what=name)
         reward = registry.build("rewards", use.reward or name, given, at)
-        options = dataclasses.fields(reward) if dataclasses.is_dataclass(reward) else ()
-        taken = [one.name for one in options if one.name in ours]
+        options = () if inspect.isroutine(reward) else inspect.signature(type(reward)).parameters
+        taken = [one for one in options if one in ours]
         if taken:
             what = f"{use.reward or name} has an option {taken[0]!r}, a word by which every recipe means its own."
             raise RecipeError(what, where=at, hint=f"Rename it in the reward. Such words: {', '.join(sorted(ours))}.")

@@ -30,7 +30,7 @@ def describe_scores(samples: Samples, scores: Scores, gather: Gather) -> dict[st
     row["reward/group_std"] = float(variance.sqrt().mean())
     for i, name in enumerate(scores.names):
         row[f"{name}/mean"] = _mean(gather(scores.raw[:, i]), gather(scores.valid[:, i]))
-    for name, values in _components(scores, gather).items():
+    for name, values in components_of(scores, gather).items():
         everywhere = gather(values)
         row[name] = _mean(everywhere, torch.isfinite(everywhere))
     row["zero_std"] = advantage.zero_std_fraction(total, group, scored)
@@ -65,10 +65,10 @@ def write_rows(file: Path, rows: Rows, culprit: int | None) -> None:
 
 def describe_held_out(samples: Samples, scores: Scores, gather: Gather) -> dict[str, float]:
     """Held-out means of the total, of every reward and component: with standard errors, and by kind of prompt."""
-    components = _components(scores, gather)
+    components = components_of(scores, gather)
     columns = {"reward": torch.where(scores.scored, scores.total, torch.nan)}
     columns |= dict(zip(scores.names, scores.raw.unbind(1), strict=True))
-    columns |= {_short(name, components): values for name, values in components.items()}
+    columns |= {column_of(name, components): values for name, values in components.items()}
     kinds = {prompt.kind for prompt in samples.prompts if prompt.kind}
     row: dict[str, float] = {}
     for name, here in columns.items():
@@ -84,7 +84,7 @@ def describe_held_out(samples: Samples, scores: Scores, gather: Gather) -> dict[
     return row
 
 
-def _components(scores: Scores, gather: Gather) -> dict[str, Tensor]:
+def components_of(scores: Scores, gather: Gather) -> dict[str, Tensor]:
     """The components that any process has, NaN where this one has not: without samples, or after a failed reward."""
     missing = torch.full((len(scores.raw),), torch.nan)
     return {name: scores.components.get(name, missing) for name in _everywhere(list(scores.components), gather)}
@@ -96,7 +96,7 @@ def _everywhere(names: list[str], gather: Gather) -> list[str]:
     return [name for name in dict.fromkeys(bytes(letters.tolist()).decode().split("\n")) if name]
 
 
-def _short(component: str, components: Mapping[str, Tensor]) -> str:
+def column_of(component: str, components: Mapping[str, Tensor]) -> str:
     """`strict` for `composition/strict`, unless another reward has a component of that name."""
     ends = [name.split("/", 1)[1] for name in components]
     end = component.split("/", 1)[1]
@@ -127,7 +127,7 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
         sheet[:, top : top + height, left : left + width] = media[i]
         item = {"prompt": samples.prompts[i].text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
         parts = scores.components
-        items.append(item | {_short(name, parts): _number(values[i]) for name, values in parts.items()})
+        items.append(item | {column_of(name, parts): _number(values[i]) for name, values in parts.items()})
     name = folder / f"{row['at']:06d}"
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(name.with_suffix(".png"))

@@ -57,13 +57,19 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One for each point of a stage: a resumed run may have evaluated its checkpoint again."""
-        latest = {(row["stage"], row["step"]): row for row in self.rows if row["kind"] == "evaluation"}
+        """One for each point of a stage, since a resumed run may have evaluated its checkpoint again; two where a
+        monitor went back: what it left, and what it restored."""
+        found = [row for row in self.rows if row["kind"] == "evaluation"]
+        latest = {(row["stage"], row["step"], row.get("restored")): row for row in found}
         return sorted(latest.values(), key=lambda row: row["at"])
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == "event"]
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        return [row for row in self.events if row["event"] == "alarm"]
 
     @property
     def stages(self) -> list[str]:
@@ -121,7 +127,16 @@ def _summary(run: Run) -> dict[str, Any]:
             for name in run.stages
         },
         "expect": _expectations(run),
+        "alarms": [_alarm(run, row) for row in run.alarms],
     }
+
+
+def _alarm(run: Run, row: Row) -> dict[str, Any]:
+    """What a monitor raised, and for one that rolled back the step whose weights it restored."""
+    kept = ("stage", "step", "at", "monitor", "value", "threshold", "action", "text")
+    back = [one for one in run.events if one["event"] == "rolled_back" and one["stage"] == row["stage"]]
+    restored = back[-1].get("to") if back and row.get("action") == "roll_back" else None
+    return {key: row.get(key) for key in kept} | {"restored": restored}
 
 
 def _recipe_name(run: Run, command: str) -> str:
@@ -222,7 +237,18 @@ def _sentences(facts: Row) -> list[str]:
     ways = {name: page.direction(changes[name]) for name in names}
     if ways.get("reward", 0) > 0 > ways.get("strict", 0):
         words.append("Reward rose while strict fell: the policy may have learned to please the reward, not the prompt.")
-    return words + _expected(facts["expect"])
+    return words + _alarmed(facts["alarms"]) + _expected(facts["expect"])
+
+
+def _alarmed(alarms: Sequence[Row]) -> list[str]:
+    """The first alarm in full: the others often follow from it."""
+    if not alarms:
+        return []
+    first = alarms[0]
+    text = first["text"].removeprefix(f"alarm, {first['monitor']}: ")
+    words = [f"Monitors raised {len(alarms)} alarm{'s'[: len(alarms) > 1]}, the first at step {first['at']:,}: {text}."]
+    back = [one["restored"] for one in alarms if one["restored"] is not None]
+    return [*words, f"The weights of step {back[-1]:,} were restored."] if back else words
 
 
 def _expected(rules: Sequence[Row]) -> list[str]:
@@ -249,19 +275,24 @@ def write(folder: Path) -> Path:
     facts, spans, sheets = _summary(run), run.spans(), charts.sheets(folder)
     panels = [("Held-out", page.held_out_lines(run.evaluations)), ("Training reward", page.reward_lines(run.train))]
     charts.curve(folder / "curve.png", panels, spans)
+    marks = [(row["at"], row["text"]) for row in facts["alarms"]]
     pair = charts.pair(sheets)
     for sheet, name in zip(pair, ("before.png", "after.png"), strict=False):
         charts.enlarge(sheet, folder / name)
     sections = [
         page.header(facts, _sentences(facts), run.environment, run.planned),
         page.cards({name: facts["held_out"][name] for name in HEADLINES if name in facts["held_out"]}),
-        page.section("Reward", *(charts.chart(title, lines, spans, NOTES[title]) for title, lines in panels)),
+        page.alarms(facts["alarms"]),
+        page.section(
+            "Reward", *(charts.chart(title, lines, spans, NOTES[title], marks=marks) for title, lines in panels)
+        ),
         page.pictures(pair),
         page.scores(facts["held_out"]),
         page.expectations(facts["expect"]),
         page.section("Training", *page.diagnostics(run.train, spans), style="small"),
+        page.section("Monitors", *page.monitors([*run.train, *run.evaluations], spans, marks), style="small"),
         page.timing(facts["seconds"], facts["steps"]),
-        page.events(run.events),
+        page.events([row for row in run.events if row not in run.alarms]),
         page.reproduce(facts["command"], run.recipe_text, run.environment),
     ]
     path = folder / "report.html"

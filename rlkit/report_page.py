@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rlkit.charts import SMALL, SMALL_TILE, Line, Sheet, Span, chart, tiles
+from rlkit.charts import SMALL, SMALL_TILE, Line, Sheet, Span, chart, number, tiles
 from rlkit.tracking import HELD_OUT
 
 Row = Mapping[str, Any]
 
+MONITOR = "monitor/"
 PICTURES = 24
 SCORES = ("strict", "graded", "reward")  # of one picture, the most telling first
 VISIBLE = 0.05  # a smaller change of one picture's score gets no mark
@@ -105,6 +106,18 @@ def diagnostics(train: Sequence[Row], spans: Sequence[Span]) -> list[str]:
     return figures
 
 
+def monitors(rows: Sequence[Row], spans: Sequence[Span], marks: Sequence[tuple[float, str]]) -> list[str]:
+    """A small chart for each figure of a monitor that ever changed."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(MONITOR))
+    figures = []
+    for key in names:
+        points = [(row["at"], row[key]) for row in rows if row.get(key) is not None]
+        if len({value for _, value in points}) > 1:
+            title = key.removeprefix(MONITOR).replace("/", " · ")
+            figures.append(chart(title, [Line(title, points, "a")], spans, "", SMALL, marks))
+    return figures
+
+
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +164,26 @@ def cards(changes: Mapping[str, Row]) -> str:
         start = "" if change["after"] is None else f"from {change['before']:.3f} "
         parts.append(f'<div class="card"><span>held-out {escape(name)}</span><b>{now:.3f}</b>{start}{moved}</div>')
     return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
+
+
+def alarms(raised: Sequence[Row]) -> str:
+    """What the monitors raised. A run without alarms has no such section."""
+    if not raised:
+        return ""
+    does = {"warn": "warned", "stop": "ended the run", "roll_back": "rolled back"}
+    rows = []
+    for one in raised:
+        done = does.get(str(one["action"]), str(one["action"]))
+        done += f" to step {one['restored']:,}" if one["restored"] is not None else ""
+        numbers = f"{_number(one['value'])} (bound {_number(one['threshold'])})"
+        cells = (f"{one['at']:,}", one["stage"], one["monitor"], numbers, done, one["text"])
+        rows.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("step", "stage", "monitor", "value", "action", "what"))
+    return f'<section><h2>Alarms</h2><table class="words"><tr>{head}</tr>{"".join(rows)}</table></section>'
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else number(value)
 
 
 def pictures(pair: Sequence[Sheet]) -> str:
@@ -298,6 +331,7 @@ figcaption small { font-size: 12px; }
 .key.c::before { background: var(--c); }
 svg text { font-size: 11px; fill: var(--muted); }
 svg .x { text-anchor: middle; } svg .y { text-anchor: end; }
+.alarm { stroke: var(--down); stroke-dasharray: 4 3; stroke-width: 1.5; }
 .rule { stroke: var(--rule); } .stage { fill: var(--card); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .band { opacity: .16; }
 .line.a { stroke: var(--a); } .line.b { stroke: var(--b); } .line.c { stroke: var(--c); }

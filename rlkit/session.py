@@ -81,17 +81,18 @@ def run(
                     under_way.begin()
                 if under_way.done == 0:
                     under_way.stop_if_asked()
-                    under_way.warn_of_unread_words()
-                    under_way.evaluate(end=True)
+                    under_way.open()
                 try:
                     train(under_way)
                 finally:
                     under_way.scoring.close()
                 at = under_way.at
+                if under_way.ended_with("stop"):
+                    break
         if processes.first:
-            line = policy.export(folder / "weights", setup.stages[-1].evaluate.weights)
+            line = policy.export(folder / "weights", under_way.stage.evaluate.weights)
             total = {"seconds/total": time.monotonic() - started}
-            event("finished", names[-1], under_way.done, at, **total, load=line)
+            event("finished", under_way.stage.name, under_way.done, at, **total, load=line)
     finally:
         tracker.close()
 
@@ -104,7 +105,15 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
         torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(options.deterministic)
     model = setup.policy.backbone.load(processes.device, torch.float32)
-    policy = Policy(model, setup.policy.lora, processes.device, options.precision, options.seed, setup.policy.guidance)
+    policy = Policy(
+        model,
+        setup.policy.lora,
+        processes.device,
+        options.precision,
+        options.seed,
+        setup.policy.guidance,
+        setup.policy.negative,
+    )
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
         policy.keep_base()
@@ -159,7 +168,7 @@ def _harmless(key: str) -> bool:
     parts = key.split(".")
     if parts[0] == "run":
         return parts[1] not in ("seed", "precision", "deterministic")
-    return parts[0] == "stages" and len(parts) > 2 and parts[2] in ("evaluate", "steps", "until", "expect")
+    return parts[0] == "stages" and len(parts) > 2 and parts[2] in ("evaluate", "steps", "until", "expect", "monitors")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -265,6 +265,8 @@ class Tracker:
             row = _plain(row)
             self._metrics.append(row)
             self._mirror.log(row)
+            if row.get("event") == "alarm":
+                self._mirror.alert(f"{row['stage']}, step {row['step']}: {row['monitor']}", row["text"])
             if self._progress is not None:
                 self._progress.update(row)
 

@@ -21,6 +21,7 @@ from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError, LossError, RlkitError
 from rlkit.learner import Learner, LearnerOptions
+from rlkit.monitors import Monitors, Raised, Reading, Watch, judged, refused
 from rlkit.policy import Lora, Models, Policy
 from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
 from rlkit.scoring import Scoring, WeightedReward
@@ -96,6 +97,7 @@ class PolicyOptions:
     backbone: Any
     lora: Lora | None  # None: full fine-tuning
     guidance: float = 1.0  # classifier-free guidance, in sampling and training alike; 1: none, and half the work
+    negative: str = ""  # what guidance leads away from
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Stage:
     until: Until | None = None
     anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
     total: Total = field(default_factory=Total)  # how the rewards become one number
+    monitors: Monitors = field(default_factory=Monitors)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class Run:
         self.goal_reached = False  # the stage's `until`
         self.saved: int | None = None  # `done` of the newest checkpoint
         self.stop = stop or Stop()
+        self.monitors = Watch(stage.monitors)
+        self.ended_by: dict[str, Any] = {}  # the monitors that ended the stage, with their options
 
     @property
     def at(self) -> int:
@@ -186,6 +191,7 @@ class Run:
             sampling_steps=self.stage.rollout.steps,
             state=self.state,
             gather=self.processes.gather,
+            sampled=self.scoring.begin if stage is None else None,  # in training steps alone
         )
 
     def steps(self) -> Iterator[int]:
@@ -230,14 +236,84 @@ class Run:
         for name, seconds in zip(TIMES, (sum(self.clock.values()), self.cpu), strict=True):
             self.spent[name] += seconds
         self.clock, self.cpu = {}, 0.0
-        self.tracker.write(row)
-        self.over = self.done >= self.stage.steps or self.out_of_time()
+        self.watched(row, samples, scores)
+        self.over = self.done >= self.stage.steps or self.out_of_time() or bool(self.ended_by)
         every = self.stage.evaluate.every
         if self.over or (every and self.done % every == 0):
             self.goal_reached = self.evaluate(end=self.over)
-            self.over = self.over or self.goal_reached
-        if self.over or self.done % self.setup.options.checkpoint_every == 0:
+            self.over = self.over or self.goal_reached or bool(self.ended_by)
+        if self.ended_with("roll_back"):
+            self.roll_back()
+        if self.over or self.done % self.setup.options.checkpoint_every == 0 or self.monitors.best_at == self.at:
             self.save()
+
+    def open(self) -> None:
+        """What comes before the first step and leaves the weights alone: are the rewards sane, what does the policy do
+        untrained? A monitor may want to come back to it."""
+        self.warn_of_unread_words()
+        self.check_rewards()
+        self.evaluate(end=True)
+        if self.monitors.best_at == self.at:
+            self.save()
+
+    def check_rewards(self) -> None:
+        """The monitor `sanity`, where it is asked for. RewardError where it refuses to train."""
+        sanity = self.stage.monitors.sanity
+        if sanity is None:
+            return
+        found = judged(sanity, self.scoring, self.processes.share, self.processes.gather)
+        error = refused(sanity, found, f"stages.{self.stage.name}.monitors.sanity")
+        row = {"kind": "event", "event": "sanity", "stage": self.stage.name, "step": self.done, "at": self.at}
+        row |= {f"monitor/sanity/{name}": share for name, share in found.items()}
+        if error is None:
+            self.tracker.write(row)
+            return
+        worst = min(found.values())
+        alarm = {"event": "alarm", "monitor": "sanity", "value": worst, "threshold": sanity.at_least}
+        self.tracker.write(row | alarm | {"action": sanity.action, "text": f"alarm, sanity: {error.what}"})
+        if sanity.action == "stop":
+            raise error
+
+    def watched(self, row: dict[str, Any], samples: Samples, scores: Scores) -> None:
+        """Write a row with the monitors' figures, and after it the alarms that are new."""
+        reading = Reading(row, samples, scores, self.stage.rewards, self.processes.gather)
+        figures, raised = self.monitors.look(reading)
+        self.tracker.write(row | figures)
+        for one in raised:
+            self.tracker.write(self.described(one))
+            if one.action != "warn":
+                self.ended_by[one.monitor] = self.monitors.options(one.monitor)
+
+    def described(self, raised: Raised) -> dict[str, Any]:
+        row = {"kind": "event", "event": "alarm", "stage": self.stage.name, "step": self.done, "at": self.at}
+        row |= {"monitor": raised.monitor, "value": raised.alarm.value, "threshold": raised.alarm.threshold}
+        does = {"warn": "", "stop": ": the run ends here", "roll_back": ": the stage ends here"}[raised.action]
+        return row | {"action": raised.action, "text": f"alarm, {raised.monitor}: {raised.alarm.text}{does}"}
+
+    def ended_with(self, action: str) -> bool:
+        """Whether a monitor whose action this is has ended the stage. After `stop` no other stage begins."""
+        return any(options["action"] == action for options in self.ended_by.values())
+
+    def roll_back(self) -> None:
+        """Put back what the checkpoint of the best evaluation holds, and evaluate it: the stage ends with that.
+
+        Nothing is saved here. One checkpoint comes after it, so that a run killed before does all of this again.
+        """
+        best = self.monitors.memory.get("best", {})
+        row = {"kind": "event", "event": "rolled_back", "stage": self.stage.name, "step": self.done, "at": self.at}
+        if best.get("at") is None:
+            text = "nothing to go back to: the stage has no evaluation on held-out prompts"
+        elif best["at"] == self.at:
+            text = (
+                f"the evaluation of step {self.at}, which has just been, is the best ({best['by']} {best['value']:.3f})"
+            )
+        else:
+            text = f"back to the weights of step {best['at']}, the best by {best['by']} ({best['value']:.3f})"
+        self.tracker.write(row | {"to": best.get("at"), "text": text})
+        if best.get("at") not in (None, self.at):
+            self.load(checkpoint.at(self.folder, best["at"]))
+            self.sync.push(self.rollout, version=self.done + 1)
+            self.evaluate(end=True, restored=best["at"])
 
     @property
     def timed_by_the_clock(self) -> bool:
@@ -249,8 +325,12 @@ class Run:
             return False
         return self.processes.any(self.spent[until.metric] > until.above)
 
-    def evaluate(self, end: bool) -> bool:
-        """Score the held-out prompts. True when the stage's goal, `until`, is reached."""
+    def evaluate(self, end: bool, restored: int | None = None) -> bool:
+        """Score the held-out prompts. True when the stage's goal, `until`, is reached.
+
+        `restored`: the step whose weights were put back; the pictures of the weights that they replace are kept as
+        STEP-alarm, and the monitors do not look again.
+        """
         sizes = self.stage.evaluate
         count = sizes.ends or sizes.held_out if end else sizes.held_out
         prompts = self.prompts.held_out(count)
@@ -264,9 +344,14 @@ class Run:
         row |= describe_held_out(samples, scores, self.processes.gather)
         row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:
+            if restored is not None:
+                set_aside(self.folder / "samples", self.at)
             sheet = write_sheet(self.folder / "samples", row, samples, scores)
             self.tracker.image(sheet, self.at)
-        self.tracker.write(row)
+        if restored is None:
+            self.watched(row, samples, scores)
+        else:
+            self.tracker.write(row | {"restored": restored})
         until = self.stage.until
         return until is not None and row.get(until.metric, float("-inf")) > until.above
 
@@ -346,31 +431,49 @@ class Run:
                 "done": self.done,
                 "spent": self.spent if self.timed_by_the_clock else None,  # else a run's files would differ by it
                 "reached": asdict(self.stage.until) if self.stage.until and self.goal_reached else None,
+                "monitors": self.monitors.memory,
+                "ended_by": self.ended_by,
                 "learner": numbers,
                 "state": {k: v for k, v in self.state.items() if not isinstance(v, Tensor)},
                 "recipe": self.setup.recipe,
             }
-            checkpoint.save(self.folder, self.at, tensors, described, self.setup.options.keep_checkpoints)
+            keep, best = self.setup.options.keep_checkpoints, self.monitors.best_at
+            checkpoint.save(self.folder, self.at, tensors, described, keep, spare=() if best is None else (best,))
         self.saved = self.done
         self.processes.wait()
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Weights, sets, optimiser and the algorithm's state as a checkpoint of this stage has them."""
+
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
 
         self.policy.load_state(part("policy/"))
         self.learner.load_state(part("optimizer/"), saved.numbers["learner"])
         self.state.update(part("state/") | saved.numbers["state"])
+        # What is in the checkpoint is the stage's start, or where the algorithm has moved its reference since.
+        if not any(name.startswith("policy/reference/") for name in saved.tensors):
+            self.anchor()
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.done = self.saved = int(saved.numbers["done"])
         self.offset = saved.at - self.done
         self.spent |= saved.numbers["spent"] or {}
         # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.
         until = asdict(self.stage.until) if self.stage.until else None
         self.goal_reached = until is not None and until == saved.numbers["reached"]
-        self.over = self.goal_reached or self.done >= self.stage.steps
-        # What is in the checkpoint is the stage's start, or where the algorithm has moved its reference since.
-        if not any(name.startswith("policy/reference/") for name in saved.tensors):
-            self.anchor()
+        self.monitors.memory = saved.numbers.get("monitors", {})
+        # Whoever changes a monitor that has ended the stage wants it to go on.
+        ended_by = saved.numbers.get("ended_by", {})
+        self.ended_by = {name: then for name, then in ended_by.items() if then == self.monitors.options(name)}
+        self.over = self.goal_reached or self.done >= self.stage.steps or bool(self.ended_by)
+        self.load(saved)
+
+
+def set_aside(samples: Path, at: int) -> None:
+    """Rename the sheet of this step, since another of the same step comes in its place."""
+    for file in (samples / f"{at:06d}.png", samples / f"{at:06d}.json"):
+        file.replace(file.with_stem(f"{at:06d}-alarm"))
 
 
 def train(run: Run) -> None:

@@ -79,7 +79,6 @@ def test_an_option_of_a_reward_that_recipes_keep_for_themselves_is_refused(site)
         recipe.read("quickstart", ["stages.main.rewards={acme_brightness: 1.0}"])
 
 
-
 def test_they_are_listed_with_where_they_come_from(site):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "rlkit.cli", "list", "rewards", "--json"]

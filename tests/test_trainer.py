@@ -529,13 +529,13 @@ def test_too_many_without_a_number_stop_the_run_and_spare_the_checkpoint(tmp_pat
 def test_a_reward_of_ones_own_is_named_by_module_and_class(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "class Brightness:\n"
-        "    def __init__(self, scale: float = 1.0):\n"
-        "        self.scale = scale\n"
+        "    def __init__(self, gain: float = 1.0):\n"
+        "        self.gain = gain\n"
         "    def __call__(self, samples):\n"
-        "        return samples.media.mean((1, 2, 3)) * self.scale\n"
+        "        return samples.media.mean((1, 2, 3)) * self.gain\n"
     )
     monkeypatch.chdir(tmp_path)
-    own = {"my_rewards:Brightness": {"weight": 0.5, "scale": 4.0}}
+    own = {"my_rewards:Brightness": {"weight": 0.5, "gain": 4.0}}
     rows = go(build({"main": {"rewards": own, "steps": 1}}), tmp_path / "run")
     (row,) = of(rows, "train")
     assert row["reward/mean"] == pytest.approx(0.5 * row["my_rewards:Brightness/mean"])
