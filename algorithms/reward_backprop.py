@@ -92,7 +92,7 @@ class RewardBackprop(Algorithm):
             sigmas=sigmas.repeat(len(samples), 1),
             weight=scores.scored.to(torch.float32),
             prompts=samples.prompts,
-            cond=tuple(prompt.text for prompt in samples.prompts),
+            cond=tuple(prompt.key for prompt in samples.prompts),
         )
 
     def loss(self, models: Models, rows: StartRows) -> Loss:

@@ -403,16 +403,16 @@ def divergence(policy: Policy, base: Policy, clean: Samples, weights: str = "cur
     from rlkit.types import generator
 
     total, count = 0.0, 0
-    texts = [prompt.text for prompt in clean.prompts for _ in range(DRAWS)]
+    keys = [prompt.key for prompt in clean.prompts for _ in range(DRAWS)]
     for one in (policy, base):
-        one.conditions.encode(texts)
+        one.conditions.encode(clean.prompts)
     sigmas = flow.draw_sigmas("uniform", DRAWS, [generator("arena sigma", i) for i in range(len(clean))]).flatten()
     shape = clean.latents.shape[1:]
     noise = torch.cat([torch.randn(DRAWS, *shape, generator=generator("arena noise", i)) for i in range(len(clean))])
     x = flow.interpolate(clean.latents.repeat_interleave(DRAWS, 0), noise, sigmas)
     with torch.no_grad():
         for part in torch.arange(len(x)).split(256):
-            call = x[part], sigmas[part], [texts[i] for i in part.tolist()]
+            call = x[part], sigmas[part], [keys[i] for i in part.tolist()]
             away = policy.models[weights].velocity(*call) - base.models.current.velocity(*call)
             total, count = total + float(away.double().square().sum()), count + away.numel()
     return total / count

@@ -34,7 +34,7 @@ from rlkit import dist, flow, recipe, session, trainer
 from rlkit.errors import RecipeError, nearest
 from rlkit.policy import Policy
 from rlkit.tracking import Tracker
-from rlkit.types import Backbone, Condition, FlowModel, Samples, Scores, generator
+from rlkit.types import Backbone, Condition, FlowModel, Prompt, Samples, Scores, generator
 
 BASE = "quickstart"  # every workload is this recipe with changes
 STAGE = "stages.main"
@@ -110,10 +110,10 @@ def _velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tens
     return output
 
 
-def _encode(device: torch.device, dtype: torch.dtype, texts: Sequence[str]) -> list[Condition]:
+def _encode(device: torch.device, dtype: torch.dtype, prompts: Sequence[Prompt]) -> list[Condition]:
     found: list[Condition] = []
-    for text in texts:
-        draw = partial(torch.randn, generator=generator("bench", text))
+    for prompt in prompts:
+        draw = partial(torch.randn, generator=generator("bench", prompt.text))
         tokens, pooled = draw(TOKENS, TEXT_WIDTH), draw(POOLED_WIDTH)
         found.append({"tokens": tokens.to(device, dtype), "pooled": pooled.to(device, dtype)})
     return found
@@ -201,9 +201,9 @@ class _Watched:
     def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel:
         model = self.backbone.load(device, dtype)
 
-        def encode(texts: Sequence[str]) -> list[Condition]:
+        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             with self.watch.timing("encode", device):
-                return model.encode(texts)
+                return model.encode(prompts)
 
         return replace(model, encode=encode)
 

@@ -8,7 +8,7 @@ one mechanism: LoRA starts as the identity, so a copy taken at the start is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,33 @@ class Lora:
 
 
 class Conditions:
-    """Encoded prompts by text, encoded once. A text is its own key."""
+    """Encoded prompts by their key, encoded once. With a `negative` text each has a twin that says this instead."""
 
-    def __init__(self, model: FlowModel) -> None:
+    def __init__(self, model: FlowModel, negative: str | None = None) -> None:
         self._model = model
+        self._negative = negative
         self._known: dict[str, Condition] = {}
+        self._twins: dict[str, str] = {}
 
-    def encode(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            if text not in self._known:  # one by one: beside others its last bits would depend on what was known
-                (self._known[text],) = self._model.encode([text])
+    def encode(self, prompts: Iterable[Prompt]) -> None:
+        for prompt in prompts:
+            self._encode(prompt)
+            if self._negative is not None and prompt.key not in self._twins:
+                twin = replace(prompt, text=self._negative)  # the same pictures: only the words are untold
+                self._encode(twin)
+                self._twins[prompt.key] = twin.key
 
-    def batch(self, texts: Sequence[str]) -> Condition:
-        """{"name": [B, ...]} for B texts, each encoded before."""
-        rows = [self._known[text] for text in texts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    def _encode(self, prompt: Prompt) -> None:
+        if prompt.key not in self._known:  # one by one: beside others its last bits would depend on what was known
+            (self._known[prompt.key],) = self._model.encode([prompt])
+
+    def untold(self, keys: Sequence[str]) -> list[str]:
+        """The keys of their twins."""
+        return [self._twins[key] for key in keys]
+
+    def batch(self, keys: Sequence[str]) -> Condition:
+        """{"name": [B, ...]} for B keys, each encoded before."""
+        return self._model.collate([self._known[key] for key in keys])
 
 
 class WeightSet:
@@ -66,9 +78,8 @@ class WeightSet:
         x, sigma = x.to(policy.device), sigma.to(policy.device)
         if policy.guidance == 1:
             return self._call(x, sigma, cond)
-        both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), [*cond, *[""] * len(cond)])
-        told, free = both.chunk(2)
-        return free + policy.guidance * (told - free)
+        both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), [*cond, *policy.conditions.untold(cond)])
+        return policy.model.guide(*both.chunk(2), policy.guidance)
 
     def _call(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
         policy = self._policy
@@ -129,9 +140,9 @@ class Models:
 class Policy:
     """One flow network with its sets. `train` is None (all weights) or a `Lora`.
 
-    `guidance` other than 1 is classifier-free guidance (arXiv 2207.12598), v("") + guidance (v(text) - v("")). It is
-    the policy's own: sampling, training and every set have it alike, so the ratio cannot be off by it, and the gradient
-    flows through both halves.
+    `guidance` other than 1 is classifier-free guidance against `negative`, in the form that the backbone has for it. It
+    is the policy's own: sampling, training and every set have it alike, so the ratio cannot be off by it, and the
+    gradient flows through both halves.
     """
 
     def __init__(
@@ -142,6 +153,7 @@ class Policy:
         precision: str,
         seed: int,
         guidance: float = 1.0,
+        negative: str = "",
     ) -> None:
         self.model = model
         self.net: nn.Module = model.net
@@ -150,9 +162,7 @@ class Policy:
         self.lora = train
         self.guidance = guidance
         self.calls = 0  # rows that went through the network since they were last taken; guidance doubles them
-        self.conditions = Conditions(model)
-        if guidance != 1:
-            self.conditions.encode([""])
+        self.conditions = Conditions(model, None if guidance == 1 else negative)
         self.net.eval()  # dropout would make the ratio differ from 1 before any update
         if train is None:
             self.net.requires_grad_(True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -32,6 +33,18 @@ class Prompt:
     target_text: tuple[str, ...] = ()  # what should be legible in the picture
     source: Tensor | None = field(default=None, compare=False, repr=False)  # [3, H, W] in 0..1, to edit or to repeat
     references: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # [3, H, W] each
+
+    @cached_property
+    def key(self) -> str:
+        """What a policy's condition is kept under: all that a network is told by this prompt."""
+        pictures = (*([] if self.source is None else [self.source]), *self.references)
+        if not pictures:
+            return self.text
+        digest = hashlib.sha256(b"source" if self.source is not None else b"")
+        for one in pictures:
+            digest.update(repr(tuple(one.shape)).encode())
+            digest.update((one.detach().cpu() * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
+        return f"{self.text}\n{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -265,7 +278,7 @@ class FlowRows(Rows):
             old_log_prob=kept(path.log_prob),
             advantage=kept(advantage),
             weight=scored.to(torch.float32).flatten(),
-            cond=tuple(prompt.text for prompt in samples.prompts for _ in range(k)),
+            cond=tuple(prompt.key for prompt in samples.prompts for _ in range(k)),
         )
 
 
@@ -299,7 +312,7 @@ class NoisedRows(Rows):
             sigma=sigmas.flatten(),
             advantage=torch.where(scored, advantage, 0.0).repeat_interleave(k),
             weight=scored.to(torch.float32).repeat_interleave(k),
-            cond=tuple(prompt.text for prompt in samples.prompts for _ in range(k)),
+            cond=tuple(prompt.key for prompt in samples.prompts for _ in range(k)),
         )
 
 
@@ -383,19 +396,35 @@ class Tools:
     sample: Callable[[Plan, int], tuple[Samples, Scores]]  # (plan, round) -> this process's share of a step, scored
 
 
+def stacked(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of equal shapes as one batch."""
+    return {name: torch.stack([one[name] for one in conditions]) for name in conditions[0]}
+
+
+def classifier_free(told: Tensor, untold: Tensor, guidance: float) -> Tensor:
+    """v("") + guidance (v(text) - v("")): classifier-free guidance, arXiv 2207.12598."""
+    return untold + guidance * (told - untold)
+
+
 @dataclass(frozen=True)
 class FlowModel:
     """What a flow backbone's `load()` gives: the network, which is trained, and its frozen encode and decode."""
 
     net: nn.Module
     velocity: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]  # (net, x, sigma [B], batched condition)
-    encode: Callable[[Sequence[str]], list[Condition]]  # one condition a text
+    encode: Callable[[Sequence[Prompt]], list[Condition]]  # one condition a prompt: its text, and pictures it has
     decode: Callable[[Tensor], Tensor]  # latents [N, C, H, W] -> media [N, 3, H, W] in 0..1
     sigmas: Callable[[int], Tensor]  # number of steps -> [steps+1] fp32, from sigma_max down to 0
     latent_shape: tuple[int, ...]
     lora_targets: tuple[str, ...]
     unread: Callable[[str], list[str]] = lambda text: []  # words the text encoder does not know, or cuts off
     encode_media: Callable[[Tensor], Tensor] | None = None  # media in 0..1 -> latents; None: it only decodes
+    collate: Callable[[Sequence[Condition]], Condition] = stacked  # conditions of one batch, padded where they differ
+    guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v told, v untold, guidance) -> v
+    tasks: tuple[str, ...] = ("t2i",)  # of "t2i", "edit" (a source) and "in_context" (references)
+    # What diffusers' own pipeline draws with these very modules: (prompts, noise [N, C, H, W], steps, guidance,
+    # negative) -> media [N, 3, H, W] in 0..1. The oracle of parity; None: there is no such pipeline.
+    pipeline: Callable[[Sequence[Prompt], Tensor, int, float, str], Tensor] | None = None
 
 
 @runtime_checkable
@@ -482,6 +511,8 @@ __all__ = [
     "Unscored",
     "Values",
     "VelocityModel",
+    "classifier_free",
     "generator",
     "seed_of",
+    "stacked",
 ]

@@ -74,7 +74,7 @@ class DatasetRollout:
         share = self.processes.share(len(prompts))
         index = torch.arange(share.start, share.stop)
         mine = tuple(prompts.prompts[i // 2] for i in share)
-        self.policy.conditions.encode(prompt.text for prompt in mine)
+        self.policy.conditions.encode(mine)
         chosen = index % 2 == 0
         pictures = [self._picture(prompt, first) for prompt, first in zip(mine, chosen.tolist(), strict=True)]
         media = torch.stack(pictures) if pictures else torch.zeros(0, *self.shape)

@@ -64,14 +64,14 @@ class LocalRollout:
         # With fewer samples than processes, one without a share draws the first and keeps none of it: its columns are
         # then empty, but have the shapes of the others'.
         drawn = index if share else torch.zeros(1, dtype=torch.int64)
-        policy.conditions.encode(prompts.prompts[i // prompts.group].text for i in drawn.tolist())
+        policy.conditions.encode(prompts.prompts[i // prompts.group] for i in drawn.tolist())
         model = policy.models[plan.policy_set]
         sigmas = policy.model.sigmas(plan.steps or self.options.steps)
         limit = self.options.batch
         parts, media = [], []
         for part in drawn.split(limit or len(drawn)):
-            texts = [prompts.prompts[i // prompts.group].text for i in part.tolist()]
-            done = _Sampling(model, policy, sigmas, plan, context, part, prompts.group, texts, limit).run()
+            keys = [prompts.prompts[i // prompts.group].key for i in part.tolist()]
+            done = _Sampling(model, policy, sigmas, plan, context, part, prompts.group, keys, limit).run()
             parts.append(done)
             media.append(self._pictures(done.latents))
             if context.sampled and len(part) < len(index):
@@ -143,22 +143,22 @@ class _Sampling:
         context: Context,
         index: Tensor,
         group: int,
-        texts: Sequence[str],
+        keys: Sequence[str],
         limit: int | None,
     ) -> None:
         self.model, self.policy, self.plan, self.context = model, policy, plan, context
-        self.index, self.texts, self.limit = index, texts, limit
+        self.index, self.keys, self.limit = index, keys, limit
         steps = len(sigmas) - 1
         stochastic = plan.dynamics != "ode"
         self.first, self.count = plan.window or (0, steps) if stochastic or plan.record else (0, 0)
         self.sigmas = _shortened(sigmas, self.first + self.count, plan.tail)
         # Before the members of a group part, one row stands for each group: `members` are the rows they grow from.
         self.members: Tensor | None = None
-        self.cond = texts
+        self.cond = keys
         if plan.shared_noise:
             origins, self.members = torch.unique(index // group, return_inverse=True)  # [U], [N] -> row in [U]
             rows = [int(torch.nonzero(self.members == u)[0]) for u in range(len(origins))]
-            self.x, self.cond = self.noise("group noise", origins), [texts[row] for row in rows]
+            self.x, self.cond = self.noise("group noise", origins), [keys[row] for row in rows]
         else:
             self.x = self.noise("noise", index)
         self.behind: tuple[Tensor, float] | None = None  # what the second-order solver remembers
@@ -186,7 +186,7 @@ class _Sampling:
                     self.open_completion(v, sigma, sigma_next)
                 if self.members is not None:  # from here on the group's members part
                     self.x, v = self.x[self.members], v[self.members]
-                    self.cond, self.members = self.texts, None
+                    self.cond, self.members = self.keys, None
                 self.decide(step, v, sigma, sigma_next)
             else:
                 self.x = self.noiseless(v, sigma, sigma_next)
@@ -233,7 +233,7 @@ class _Sampling:
         """One step of all completions together: they stand at the same sigma, whichever decision they began at."""
         if not self.open or self.plan.completions:
             return
-        x, cond = torch.cat(self.open), [text for texts in self.open_cond for text in texts]
+        x, cond = torch.cat(self.open), [key for keys in self.open_cond for key in keys]
         following = flow.ode_step(x, self.velocity(x, sigma, cond), sigma, sigma_next)
         self.open = list(following.split([len(one) for one in self.open]))
 

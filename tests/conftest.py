@@ -86,8 +86,8 @@ def toy_model() -> FlowModel:
     def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         return net(x, sigma, cond["pooled"])
 
-    def encode(texts: Sequence[str]) -> list[Condition]:
-        return [{"pooled": torch.randn(8, generator=generator("toy", text))} for text in texts]
+    def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+        return [{"pooled": torch.randn(8, generator=generator("toy", prompt.key))} for prompt in prompts]
 
     def decode(latents: Tensor) -> Tensor:
         return torch.sigmoid(latents[:, :3]).repeat_interleave(2, -1).repeat_interleave(2, -2)

@@ -1,13 +1,13 @@
 """What tests of algorithms make by hand: scores, tensors, models that answer with one tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlkit.types import Scores
+from rlkit.types import Prompt, Scores
 
 
 def scores_of(values: Sequence[float], valid: Sequence[bool] | None = None) -> Scores:
@@ -15,6 +15,11 @@ def scores_of(values: Sequence[float], valid: Sequence[bool] | None = None) -> S
     raw = torch.tensor(values)[:, None]
     scored = torch.isfinite(raw) if valid is None else torch.tensor(valid)[:, None]
     return Scores(("one",), torch.where(scored, raw, torch.nan), scored, torch.ones(1))
+
+
+def told(texts: Iterable[str]) -> list[Prompt]:
+    """Prompts of nothing but these texts, so that each is its own key."""
+    return [Prompt(i, text) for i, text in enumerate(texts)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

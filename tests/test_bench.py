@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from making import told
 
 from rlkit import bench, cli, recipe, registry
 from rlkit.bench import Call, Watch
@@ -99,7 +100,7 @@ def test_the_stand_in_is_an_sd3_of_about_50_million_parameters():
     pictures = model.decode(latents)
     assert pictures.shape == (2, 3, 128, 128)
     assert pictures.requires_grad
-    (one,), (again,) = model.encode(["a"]), model.encode(["a"])
+    (one,), (again,) = model.encode(told(["a"])), model.encode(told(["a"]))
     assert torch.equal(one["tokens"], again["tokens"])
     assert model.sigmas(4)[[0, -1]].tolist() == [1.0, 0.0]
 
@@ -130,7 +131,7 @@ def test_a_users_words_win():
 
 def test_a_replay_makes_the_calls_again_and_leaves_no_gradient(toy_policy):
     policy, watch = toy_policy, Watch()
-    policy.conditions.encode(["a", "b"])
+    policy.conditions.encode(told(["a", "b"]))
     hook = policy.net.register_forward_hook(watch.hook, with_kwargs=True)
     x = torch.randn(2, 4, 2, 2, requires_grad=True)
     watch.phase = "sample"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from making import told
 from torch import Tensor, nn
 
 from rlkit import recipe, registry
@@ -434,10 +435,9 @@ def test_sigmas_descend_from_their_largest_to_0(model: FlowModel, steps: int) ->
 
 
 def condition_of(model: FlowModel, texts: list[str]) -> dict[str, Tensor]:
-    rows = model.encode(texts)
+    rows = model.encode(told(texts))
     assert len(rows) == len(texts)
-    assert len({tuple((name, tuple(row[name].shape)) for name in sorted(row)) for row in rows}) == 1
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return dict(model.collate(rows))
 
 
 @torch.no_grad()

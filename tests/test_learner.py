@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import told
 from torch import Tensor, nn
 
 from rlkit.dist import Processes
@@ -154,7 +155,7 @@ class ToyRows(Rows):
 def toy_rows(policy: Policy, n: int) -> ToyRows:
     draws = generator("learner")
     texts = tuple(f"prompt {i % 3}" for i in range(n))
-    policy.conditions.encode(texts)
+    policy.conditions.encode(told(texts))
     x = torch.randn(n, *policy.model.latent_shape, generator=draws)
     weight, other = torch.rand(n, generator=draws), (torch.rand(n, generator=draws) < 0.3).float()
     return ToyRows(torch.arange(n), x, torch.rand(n, generator=draws), weight, other, texts)

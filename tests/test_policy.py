@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import told
 from torch import Tensor
 
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Conditions, Lora, Policy, WeightSet, ema_decay
-from rlkit.types import Condition, FlowModel, Loss, Models, Rows, generator
+from rlkit.types import Condition, FlowModel, Loss, Models, Prompt, Rows, generator
 
 CPU = torch.device("cpu")
 TEXTS = ("a red circle", "two blue crosses", "a cyan square left of a red triangle", "")
@@ -30,7 +31,7 @@ class PictureRows(Rows):
 
 def picture_rows(policy: Policy, n: int = 4, seed: int = 0) -> PictureRows:
     texts = tuple(TEXTS[i % len(TEXTS)] for i in range(n))
-    policy.conditions.encode(texts)
+    policy.conditions.encode(told(texts))
     x = torch.randn(n, *policy.model.latent_shape, generator=generator("x", seed))
     sigma = torch.rand(n, generator=generator("sigma", seed))
     return PictureRows(torch.arange(n), x, sigma, texts, torch.ones(n))
@@ -49,14 +50,14 @@ def test_guidance_combines_the_two_velocities_alike_in_every_set(
     plain = tiny(lora)
     guided = Policy(replace(tiny_model, net=copy.deepcopy(tiny_model.net)), lora, CPU, "fp32", 0, guidance=3.0)
     rows = picture_rows(plain)
-    guided.conditions.encode(rows.cond)
+    guided.conditions.encode(told(rows.cond))
     guided.keep("old")
-    told = velocities(plain.models.current, rows)
+    said = velocities(plain.models.current, rows)
     free = velocities(plain.models.current, replace(rows, cond=("",) * len(rows)))
-    expected = free + 3.0 * (told - free)
+    expected = free + 3.0 * (said - free)
     torch.testing.assert_close(velocities(guided.models.current, rows), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(velocities(guided.models.old, rows), velocities(guided.models.current, rows))
-    assert (told - expected).abs().max() > 1e-3
+    assert (said - expected).abs().max() > 1e-3
 
 
 @MODES
@@ -185,7 +186,7 @@ def test_no_gradient_reaches_a_stand_in(toy_policy: Policy) -> None:
 def test_velocities_are_fp32_under_bf16(toy_policy: Policy) -> None:
     rows = picture_rows(toy_policy)
     low = Policy(toy_policy.model, None, toy_policy.device, "bf16", 0)
-    low.conditions.encode(TEXTS)
+    low.conditions.encode(told(TEXTS))
     v, exact = velocities(low.models.current, rows), velocities(toy_policy.models.current, rows)
     assert v.dtype == torch.float32
     assert 0 < (v - exact).abs().max() < 0.05
@@ -310,13 +311,13 @@ def test_the_line_that_export_returns_loads_the_trained_weights(
 def test_each_text_is_encoded_once(tiny_model: FlowModel) -> None:
     asked: list[str] = []
 
-    def encode(texts: Sequence[str]) -> list[Condition]:
-        asked.extend(texts)
-        return tiny_model.encode(texts)
+    def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+        asked.extend(prompt.text for prompt in prompts)
+        return tiny_model.encode(prompts)
 
     conditions = Conditions(replace(tiny_model, encode=encode))
-    conditions.encode(["a red circle", "a red circle", "two blue crosses"])
-    conditions.encode(text for text in ("two blue crosses", "a red circle", "a red square"))
+    conditions.encode(told(["a red circle", "a red circle", "two blue crosses"]))
+    conditions.encode(iter(told(["two blue crosses", "a red circle", "a red square"])))
     conditions.encode([])
     assert asked == ["a red circle", "two blue crosses", "a red square"]
     batch = conditions.batch(["a red square", "a red circle", "a red square"])
@@ -329,10 +330,10 @@ def test_each_text_is_encoded_once(tiny_model: FlowModel) -> None:
 def test_a_text_is_encoded_alike_whatever_it_is_encoded_with(tiny_model: FlowModel) -> None:
     # The padding must not depend on the longest text of a batch: rollout and training see different batches.
     together = Conditions(tiny_model)
-    together.encode(TEXTS)
+    together.encode(told(TEXTS))
     for text in TEXTS:
         alone = Conditions(tiny_model)
-        alone.encode([text])
+        alone.encode(told([text]))
         one, other = alone.batch([text]), together.batch([text])
         assert {name: column.shape for name, column in one.items()} == {n: c.shape for n, c in other.items()}
         for name, column in one.items():
@@ -354,3 +355,28 @@ def test_export_of_the_average_leaves_the_current_weights_alone(tiny: Callable[.
         assert torch.equal(parameter, before[name])
         assert torch.equal(written[name], policy.sets["ema"][name])
         assert not torch.equal(written[name], before[name])
+
+
+# ---- prompts with pictures -------------------------------------------------------------------------------------------
+
+
+def test_the_key_of_a_prompt_holds_its_pictures() -> None:
+    picture, other = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
+    prompts = [
+        *(Prompt(0, "a"), Prompt(0, "b"), Prompt(0, "a", source=picture), Prompt(0, "a", source=other)),
+        *(Prompt(0, "a", references=(picture,)), Prompt(0, "a", references=(picture, other))),
+        *(Prompt(0, "a", source=picture, references=(other,)), Prompt(0, "a", source=picture.reshape(3, 2, 8))),
+    ]
+    assert len({prompt.key for prompt in prompts}) == len(prompts)
+    assert prompts[0].key == "a", "a text alone is its own key"
+    assert Prompt(7, "a", metadata={"x": 1}, source=picture.clone()).key == prompts[2].key
+
+
+def test_the_twin_of_an_edit_keeps_its_source(toy_policy: Policy) -> None:
+    """True classifier-free guidance of an edit is against other words, not against no picture."""
+    conditions = Conditions(toy_policy.model, negative="blurred")
+    source = torch.zeros(3, 4, 4)
+    edit, plain = Prompt(0, "make it red", source=source), Prompt(1, "red")
+    conditions.encode([edit, plain])
+    assert conditions.untold([plain.key, edit.key]) == ["blurred", Prompt(0, "blurred", source=source).key]
+    assert conditions.batch(conditions.untold([edit.key]))["pooled"].shape == (1, 8)

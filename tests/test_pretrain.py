@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import told
 from safetensors.torch import load_file
 
 from rlkit import registry
@@ -50,7 +51,7 @@ def test_scores_say_how_to_make_it_again(made: tuple[Path, dict[str, Any], list[
 
 def test_the_folder_loads_and_draws(made: tuple[Path, dict[str, Any], list[str]]) -> None:
     model: FlowModel = registry.build("backbones", "tiny", {"path": str(made[0])}).load(CPU, torch.float32)
-    (condition,) = model.encode(["a red circle"])
+    (condition,) = model.encode(told(["a red circle"]))
     x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         v = model.velocity(model.net, x, torch.tensor([0.5]), {name: c[None] for name, c in condition.items()})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.errors import RecipeError
-from rlkit.types import Condition, FlowModel
+from rlkit.types import Condition, FlowModel, Prompt
 from rlkit.world import grammar
 
 BASE = Path(__file__).parent / "tiny_base"
@@ -227,8 +227,9 @@ class Tiny:
         autoencoder.to(device)
 
         @torch.no_grad()
-        def encode(texts: Sequence[str]) -> list[Condition]:
-            tokens, pooled = encode_tokens(text_encoder, token_ids(texts).to(device))
+        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+            ids = token_ids([prompt.text for prompt in prompts]).to(device)
+            tokens, pooled = encode_tokens(text_encoder, ids)
             return [{"tokens": t.to(dtype), "pooled": p.to(dtype)} for t, p in zip(tokens, pooled, strict=True)]
 
         return FlowModel(

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from making import told
 from torch import Tensor, nn
 
 from rlkit import flow
@@ -132,7 +133,7 @@ def one_by_one(policy: Policy, plan: Plan, context: Context) -> Tensor:
     """The states of every sample, each computed alone and without any short cut: [N, STEPS+1, C, H, W]."""
     sigmas, key = policy.model.sigmas(STEPS), (context.seed, context.stage, context.step)
     first, count = plan.window or (0, STEPS)
-    policy.conditions.encode(TEXTS)
+    policy.conditions.encode(told(TEXTS))
 
     def noise(purpose: str, i: int) -> Tensor:
         return torch.randn(1, *policy.model.latent_shape, generator=generator(*key, purpose, i))
