@@ -21,9 +21,11 @@ from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError, LossError, RlkitError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.monitors import Monitors, Raised, Reading, Watch, judged, refused
+from rlkit.monitors import Monitors, Raised, Watch
 from rlkit.policy import Lora, Models, Policy
+from rlkit.reading import Reading
 from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
+from rlkit.sanity import judged, refused
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.sync import SharedMemory
 from rlkit.total import Total

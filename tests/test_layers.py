@@ -23,30 +23,16 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     **dict.fromkeys(("__init__", "types", "registry", "errors"), 0),
     **dict.fromkeys(("flow", "tokens", "advantage", "surrogate", "world"), 1),
-    **dict.fromkeys(
-        (
-            "pictures",
-            "endpoints",
-            "judge",
-            "wire",
-            "embedding",
-            "preprocessing",
-            "clauses",
-            "textmatch",
-            "templates",
-            "answers",
-            "total",
-        ),
-        1,
-    ),
+    **dict.fromkeys(("pictures", "preprocessing", "embedding", "clauses", "textmatch", "total"), 1),
+    **dict.fromkeys(("endpoints", "wire", "templates", "answers", "judge"), 1),
     **dict.fromkeys(("policy", "backbones", "rewards", "algorithms"), 2),
     **dict.fromkeys(("sync", "scoring", "scorer", "score_cache", "dist", "data"), 3),
-    **dict.fromkeys(("monitors", "learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
-    **dict.fromkeys(("trainer", "session", "pretrain", "sources"), 5),
+    **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
+    **dict.fromkeys(("reading", "signs", "looks", "sanity", "monitors"), 4),
+    **dict.fromkeys(("trainer", "session", "pretrain", "sources", "parity"), 5),
     "recipe": 6,
-    **dict.fromkeys(
-        ("report", "report_page", "charts", "arena", "arena_page", "bench", "reward_server", "reward_worker", "cli"), 7
-    ),
+    **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench"), 7),
+    **dict.fromkeys(("reward_server", "reward_worker", "cli"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }
 CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts")

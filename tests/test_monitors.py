@@ -11,27 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rlkit import checkpoint, monitors, recipe, registry, report, session
+from rlkit import checkpoint, recipe, registry, report, session
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, RecipeError, RewardError
-from rlkit.monitors import (
-    Colour,
-    Copy,
-    Diversity,
-    Drift,
-    HeldOut,
-    Monitors,
-    Reading,
-    Sanity,
-    Sharpness,
-    Spread,
-    TextArea,
-    Watch,
-    judged,
-    panel,
-    refused,
-)
+from rlkit.looks import Colour, Copy, Sharpness, TextArea
+from rlkit.monitors import Monitors, Watch
+from rlkit.reading import Reading
+from rlkit.sanity import Sanity, judged, refused
 from rlkit.scoring import Scoring, WeightedReward
+from rlkit.signs import Diversity, Drift, HeldOut, Spread, distance, panel
 from rlkit.tracking import Metrics, Tracker
 from rlkit.types import Prompt, Samples, Scores
 
@@ -166,11 +154,11 @@ def test_the_distance_of_pictures_is_the_root_mean_square():
     media = torch.zeros(6, 3, 8, 8)
     media[1] += 0.3  # the first group: one pair of three is 0, two are 0.3 apart
     media[4], media[5] = 0.5, 1.0  # 0.5, 1.0 and 0.5
-    assert monitors.distance(step(media=media, group=3)) == pytest.approx((0.2 + 2 / 3) / 2)
-    assert math.isnan(monitors.distance(step(media=media, group=1)))
+    assert distance(step(media=media, group=3)) == pytest.approx((0.2 + 2 / 3) / 2)
+    assert math.isnan(distance(step(media=media, group=1)))
     large = torch.zeros(2, 3, 256, 128)
     large[1] = 0.25
-    assert monitors.distance(step(media=large, group=2)) == pytest.approx(0.25)
+    assert distance(step(media=large, group=2)) == pytest.approx(0.25)
 
 
 def test_pictures_of_a_prompt_become_alike():
