@@ -20,7 +20,7 @@ from rlkit.errors import RecipeError, nearest
 from rlkit.looks import Colour, Copy, Sharpness, TextArea
 from rlkit.reading import Action, Alarm, Memory, Reading
 from rlkit.sanity import Sanity
-from rlkit.signs import Diversity, Drift, HeldOut, Spread, panel
+from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Spread, panel
 from rlkit.tracking import HELD_OUT
 
 
@@ -29,6 +29,7 @@ class Monitors:
     """A stage's monitors: a name with its options; null switches one off, absent is the default."""
 
     held_out: HeldOut | None = field(default_factory=HeldOut)
+    collapse: Collapse | None = field(default_factory=Collapse)
     spread: Spread | None = field(default_factory=Spread)
     diversity: Diversity | None = field(default_factory=Diversity)
     drift: Drift | None = field(default_factory=Drift)

@@ -66,6 +66,35 @@ class HeldOut:
         return Finding(figures, Alarm(falls[worst], self.standard_errors, text))
 
 
+@dataclass(frozen=True)
+class Collapse:
+    """What is trained on has itself fallen on held-out prompts, far below its best: training has come apart."""
+
+    standard_errors: float = 3.0  # how far below its best; of both evaluations, taken as independent
+    in_a_row: int = 2  # evaluations
+    action: Action = "warn"
+
+    moment: ClassVar = "evaluation"
+
+    def __post_init__(self) -> None:
+        positive(standard_errors=self.standard_errors, in_a_row=self.in_a_row)
+
+    def look(self, reading: Reading, memory: Memory) -> Finding | None:
+        total, error = reading.row[f"{HELD_OUT}reward"], reading.row.get(f"{HELD_OUT}reward_se", 0.0)
+        if not math.isfinite(total):
+            return None
+        best = memory.setdefault("best", [total, error])
+        if total >= best[0]:
+            best[:] = total, error
+        fall = (best[0] - total) / max(math.hypot(error, best[1]), 1e-9)
+        memory["falls"] = memory.get("falls", 0) + 1 if fall > self.standard_errors else 0
+        if memory["falls"] < self.in_a_row:
+            return Finding({"": fall})
+        text = f"held-out reward, which is trained on, fell from {best[0]:.3f} at its best to {total:.3f} "
+        text += f"({fall:.1f} standard errors): a lower or falling rate, a KL or a slower `old` are the usual cures"
+        return Finding({"": fall}, Alarm(fall, self.standard_errors, text))
+
+
 def panel(reading: Reading) -> dict[str, int]:
     """The columns of an evaluation that are not trained on -> 1, or -1 where less is better. Watched rewards first."""
     found, components = {}, components_of(reading.scores, reading.gather)

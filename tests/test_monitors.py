@@ -19,7 +19,7 @@ from rlkit.monitors import Monitors, Watch
 from rlkit.reading import Reading
 from rlkit.sanity import Sanity, judged, refused
 from rlkit.scoring import Scoring, WeightedReward
-from rlkit.signs import Diversity, Drift, HeldOut, Spread, distance, panel
+from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Spread, distance, panel
 from rlkit.tracking import Metrics, Tracker
 from rlkit.types import Prompt, Samples, Scores
 
@@ -121,6 +121,24 @@ def test_the_panel_has_watched_rewards_and_components_that_go_with_theirs():
     }
     less = WeightedReward("trained", Judge(higher_is_better=False), 1.0)
     assert panel(reading({}, rewards=(less,), components={"trained/sigma": down})) == {"held_out/sigma": 1}
+
+
+# ------------------------------------------------------------------------------------------------------ collapse
+
+
+def totals(*values, error=0.01):
+    return [reading({"held_out/reward": value, "held_out/reward_se": error}) for value in values]
+
+
+def test_a_trained_reward_that_falls_far_below_its_best_is_a_collapse():
+    """DiffusionNFT at a constant rate and without a KL rises, and then comes apart."""
+    seen = totals(0.37, 0.45, 0.43, 0.30, 0.20, 0.44)
+    assert alarmed(Collapse(), seen) == [False, False, False, False, True, False]
+    finding = look(Collapse(), seen)[4]
+    assert finding.figures[""] == finding.alarm.value == pytest.approx(0.25 / math.hypot(0.01, 0.01))
+    assert "from 0.450 at its best to 0.200" in finding.alarm.text
+    assert not any(alarmed(Collapse(), totals(0.37, 0.30, 0.20, 0.10, error=0.1))), "noise"
+    assert not any(alarmed(Collapse(), totals(0.37, 0.30, math.nan, 0.38, 0.30, 0.40))), "not in a row"
 
 
 # -------------------------------------------------------------------------------------- steps: spread, diversity, drift
