@@ -79,7 +79,8 @@ class WeightSet:
         if policy.guidance == 1:
             return self._call(x, sigma, cond)
         both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), [*cond, *policy.conditions.untold(cond)])
-        return policy.model.guide(*both.chunk(2), policy.guidance)
+        told, untold = both.chunk(2)
+        return policy.model.guide(told, untold, policy.guidance)
 
     def _call(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
         policy = self._policy

@@ -166,10 +166,10 @@ def test_a_built_in_is_read_without_being_imported(shelf):
 
 def test_a_new_file_is_an_entry(shelf):
     assert registry.names("rewards") == []
-    shelf("http", "class HTTP:\n    'Elsewhere.'")
-    assert registry.names("rewards") == ["http"]
-    assert registry.load("rewards", "http").__name__ == "HTTP"
-    assert registry.load("rewards", "rlkit-visual/http").__name__ == "HTTP"
+    shelf("psnr", "class PSNR:\n    'Elsewhere.'")
+    assert registry.names("rewards") == ["psnr"]
+    assert registry.load("rewards", "psnr").__name__ == "PSNR"
+    assert registry.load("rewards", "rlkit-visual/psnr").__name__ == "PSNR"
 
 
 def test_a_typo_gets_the_nearest_name(shelf):
@@ -194,33 +194,37 @@ def test_a_file_that_is_not_python(shelf):
 
 @pytest.mark.parametrize(
     "text",
-    ["import acme_engine\nclass Ocr:\n    extra = 'ocr'", "extra = 'ocr'\nimport acme_engine.parts\nclass OCR: ..."],
+    [
+        "import acme_engine\nclass Legibility:\n    extra = 'ocr'",
+        "extra = 'ocr'\nimport acme_engine.parts\nclass LEGIBILITY: ...",
+    ],
     ids=["of the class", "of the file"],
 )
 def test_a_missing_extra_names_the_pip_line(shelf, text):
-    shelf("ocr", text)
+    shelf("legibility", text)
     assert registry.describe("rewards")[0].extra == "ocr"
-    assert message(registry.load, "rewards", "ocr", "stages.main.rewards") == (
-        "stages.main.rewards: reward 'ocr' needs 'acme_engine', which is not installed. "
+    assert message(registry.load, "rewards", "legibility", "stages.main.rewards") == (
+        "stages.main.rewards: reward 'legibility' needs 'acme_engine', which is not installed. "
         "Run: pip install 'rlkit-visual[ocr]'"
     )
 
 
 def test_what_is_missing_when_an_entry_loads_its_model_is_named_too(shelf):
-    shelf("ocr", "class Ocr:\n    def load(self, device):\n        import acme_engine")
+    shelf("legibility", "class Legibility:\n    def load(self, device):\n        import acme_engine")
 
     def load_model():
-        reward = registry.build("rewards", "ocr", {})
-        with registry.importing("rewards", "ocr"):
+        reward = registry.build("rewards", "legibility", {})
+        with registry.importing("rewards", "legibility"):
             reward.load("cpu")
 
     assert message(load_model).endswith("Run: pip install acme_engine")
 
 
 def test_an_entry_that_fails_while_it_is_imported(shelf):
-    shelf("ocr", "1 / 0\n\nclass Ocr: ...")
-    text = message(registry.load, "rewards", "ocr")
-    assert text == "reward 'ocr': importing rlkit.rewards.ocr failed with ZeroDivisionError: division by zero"
+    shelf("legibility", "1 / 0\n\nclass Legibility: ...")
+    text = message(registry.load, "rewards", "legibility")
+    what = "importing rlkit.rewards.legibility failed with ZeroDivisionError: division by zero"
+    assert text == f"reward 'legibility': {what}"
 
 
 # --------------------------------------------------------------------------------------------- third parties
