@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import __version__, arena, recipe, registry, reward_server, sources
+from rlkit import __version__, arena, parity, recipe, registry, reward_server, sources
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
@@ -293,9 +293,18 @@ def _list(options: argparse.Namespace) -> int:
     for one in found:
         extra = f"  [pip install '{registry.DISTRIBUTION}[{one['extra']}]']" if one.get("extra") else ""
         source = "" if one["source"] == "built in" else f"  ({one['source']})"
-        paper = f"  ({paper})" if (paper := one.get("constants", {}).get("paper")) else ""
-        print(f"{one['name']:<{width}}  {one['summary']}{paper}{source}{extra}".rstrip())
+        print(f"{one['name']:<{width}}  {one['summary']}{_facts(one)}{source}{extra}".rstrip())
     return 0
+
+
+def _facts(one: Mapping[str, Any]) -> str:
+    """What an algorithm or a backbone says of itself besides: paper, tasks, size, licence."""
+    said = one.get("constants", {})
+    if one["kind"] not in ("algorithms", "backbones"):
+        return ""
+    facts = [said.get("paper"), " and ".join(said.get("tasks", ())), said.get("parameters"), said.get("licence")]
+    shown = "; ".join(fact for fact in facts if fact)
+    return f"  ({shown})" if shown else ""
 
 
 def _catalogue(kind: str) -> list[dict[str, Any]]:
@@ -555,6 +564,7 @@ COMMANDS = {
     "serve-reward": Command(
         "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run
     ),
+    "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),
     "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
 }
 

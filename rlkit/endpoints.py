@@ -230,7 +230,6 @@ class _Caller:
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
         connections = module.Limits(max_connections=None, max_keepalive_connections=options.at_once * len(self.places))
         encrypted = any(url.startswith("https") for url in options.urls)  # else certificates need not be loaded
-        encrypted = any(url.startswith("https") for url in options.urls)  # else certificates need not be loaded
         self.client: httpx.AsyncClient = module.AsyncClient(
             headers=headers, timeout=options.request_timeout, limits=connections, trust_env=False, verify=encrypted
         )

@@ -422,6 +422,7 @@ class FlowModel:
     collate: Callable[[Sequence[Condition]], Condition] = stacked  # conditions of one batch, padded where they differ
     guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v told, v untold, guidance) -> v
     tasks: tuple[str, ...] = ("t2i",)  # of "t2i", "edit" (a source) and "in_context" (references)
+    start: float = 1.0  # how large the initial noise is: its sigma, where the noisiest level is below 1
     # What diffusers' own pipeline draws with these very modules: (prompts, noise [N, C, H, W], steps, guidance,
     # negative) -> media [N, 3, H, W] in 0..1. The oracle of parity; None: there is no such pipeline.
     pipeline: Callable[[Sequence[Prompt], Tensor, int, float, str], Tensor] | None = None

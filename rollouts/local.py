@@ -158,9 +158,9 @@ class _Sampling:
         if plan.shared_noise:
             origins, self.members = torch.unique(index // group, return_inverse=True)  # [U], [N] -> row in [U]
             rows = [int(torch.nonzero(self.members == u)[0]) for u in range(len(origins))]
-            self.x, self.cond = self.noise("group noise", origins), [keys[row] for row in rows]
+            self.x, self.cond = self.beginning("group noise", origins), [keys[row] for row in rows]
         else:
-            self.x = self.noise("noise", index)
+            self.x = self.beginning("noise", index)
         self.behind: tuple[Tensor, float] | None = None  # what the second-order solver remembers
         self.after_window = self.x
         self.states: list[Tensor] = []
@@ -175,6 +175,9 @@ class _Sampling:
         key = (self.context.seed, self.context.stage, self.context.step, purpose)
         draws = [torch.randn(*self.policy.model.latent_shape, generator=generator(*key, i)) for i in ids.tolist()]
         return torch.stack(draws).to(self.policy.device)
+
+    def beginning(self, purpose: str, ids: Tensor) -> Tensor:
+        return self.noise(purpose, ids) * self.policy.model.start
 
     def run(self) -> _Sampled:
         for step in range(len(self.sigmas) - 1):

@@ -94,6 +94,17 @@ def world_samples(size: int = 6) -> Samples:
     return Samples(media, torch.zeros(size, 1, 1, 1), prompts, index // 2, index, index, version=0, total=size)
 
 
+@pytest.mark.parametrize("entry", built_in("backbones"))
+def test_a_backbone_has_its_card_which_is_read_without_importing_it(entry: registry.Entry) -> None:
+    card = entry.constants
+    assert card["tasks"]
+    assert set(card["tasks"]) <= {"t2i", "edit", "in_context"}
+    for word in ("licence", "parameters"):
+        assert isinstance(card[word], str), word
+        assert card[word], word
+    assert re.fullmatch(r"(arXiv \d{4}\.\d{5})?", card["paper"])
+
+
 @pytest.mark.parametrize("entry", built_in("rewards"))
 def test_a_reward_has_its_card_which_is_read_without_importing_it(entry: registry.Entry) -> None:
     card = entry.constants

@@ -61,6 +61,16 @@ def test_the_cards_of_the_rewards_are_what_the_registry_says() -> None:
     assert "\n".join(rows) in written, "the table in docs/rewards.md should read:\n" + "\n".join(rows)
 
 
+def test_the_cards_of_the_backbones_are_what_the_registry_says() -> None:
+    rows = []
+    for entry in registry.describe("backbones"):
+        said = entry.constants
+        cells = (", ".join(said["tasks"]), said["parameters"], said["licence"], said["paper"])
+        rows.append(f"| `{entry.name}` | {' | '.join(cells)} |")
+    written = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in written, "the table in docs/backbones.md should read:\n" + "\n".join(rows)
+
+
 @pytest.mark.readme
 def test_the_first_command_trains_as_written(tmp_path: Path) -> None:
     """In a copy of the checkout, with a new environment: install, train, and a report that shows the gain."""

@@ -202,6 +202,11 @@ class Tiny:
     """
 
     kind = "flow"
+    tasks = ("t2i",)
+    licence = "Apache-2.0"
+    parameters = "2.3 M"
+    paper = ""
+
     path: str | None = None
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel:
