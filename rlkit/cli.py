@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import __version__, arena, parity, recipe, registry, reward_server, sources
+from rlkit import __version__, arena, merge, parity, recipe, registry, reward_server, sources
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
@@ -564,6 +564,7 @@ COMMANDS = {
     "serve-reward": Command(
         "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run
     ),
+    "merge": Command("Mix the weights of several runs.", merge.arguments, merge.run),
     "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),
     "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rlkit.errors import CheckpointError
+from rlkit.errors import CheckpointError, RecipeError
 from rlkit.types import Condition, FlowModel, Prompt, seed_of
 
 Tensors = dict[str, Tensor]
@@ -30,6 +30,11 @@ class Lora:
     rank: int = 16
     alpha: int | None = None  # default: 2 * rank, as in the Flow-GRPO recipes
     targets: tuple[str, ...] | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return (self.alpha or 2 * self.rank) / self.rank
 
 
 class Conditions:
@@ -155,6 +160,7 @@ class Policy:
         seed: int,
         guidance: float = 1.0,
         negative: str = "",
+        checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.net: nn.Module = model.net
@@ -165,6 +171,11 @@ class Policy:
         self.calls = 0  # rows that went through the network since they were last taken; guidance doubles them
         self.conditions = Conditions(model, None if guidance == 1 else negative)
         self.net.eval()  # dropout would make the ratio differ from 1 before any update
+        if checkpointing:
+            if not getattr(self.net, "_supports_gradient_checkpointing", False):
+                what = f"{type(self.net).__name__} cannot compute its activations again."
+                raise RecipeError(what, where="policy.checkpointing", hint="Leave it out.")
+            self.net.enable_gradient_checkpointing()  # type: ignore[operator]
         if train is None:
             self.net.requires_grad_(True)
         else:
@@ -186,7 +197,7 @@ class Policy:
         self.net.requires_grad_(False)
         config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha or 2 * lora.rank,
+            lora_alpha=round(lora.scale * lora.rank),
             init_lora_weights="gaussian",
             target_modules=list(lora.targets or self.model.lora_targets),
         )
@@ -278,7 +289,7 @@ class Policy:
         """Write one set of the weights for others to load; returns the line that loads them."""
         if weights != "current":
             kept = self.snapshot()
-            self._put(self.sets[weights])
+            self.use(weights)
             try:
                 return self.export(folder)
             finally:
@@ -289,6 +300,11 @@ class Policy:
         self.net.save_lora_adapter(folder, adapter_name=ADAPTER)  # type: ignore[operator]
         # diffusers looks for a pickle unless it is told otherwise.
         return f'transformer.load_lora_adapter("{folder}", prefix=None, use_safetensors=True)'
+
+    def use(self, name: str) -> None:
+        """Make a set's weights the current ones."""
+        if name != "current":
+            self._put(self.sets[name])
 
     @torch.no_grad()
     def _put(self, tensors: Tensors) -> None:

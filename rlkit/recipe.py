@@ -80,7 +80,7 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
 def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     from rlkit.trainer import PolicyOptions
 
-    known(node, ("backbone", "train", "guidance", "negative"), "policy")
+    known(node, ("backbone", "train", "guidance", "negative", "checkpointing"), "policy")
     backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
     lora, train = _train(_mapping(node.get("train"), "policy.train"))
     guidance = 1.0 if node.get("guidance") is None else node["guidance"]
@@ -93,8 +93,12 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     if negative and guidance == 1:
         hint = "Set policy.guidance too; at 1 nothing is compared with it."
         raise RecipeError("a negative prompt needs guidance.", where="policy.negative", hint=hint)
-    options = PolicyOptions(backbone=backbone, lora=lora, guidance=float(guidance), negative=negative)
-    return options, {"backbone": plain, "train": train, "guidance": options.guidance, "negative": negative}
+    checkpointing = False if node.get("checkpointing") is None else node["checkpointing"]
+    if not isinstance(checkpointing, bool):
+        raise RecipeError(f"must be true or false, not {checkpointing!r}.", where="policy.checkpointing")
+    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing)
+    said = {"guidance": options.guidance, "negative": negative, "checkpointing": checkpointing}
+    return options, {"backbone": plain, "train": train, **said}
 
 
 def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:

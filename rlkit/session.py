@@ -104,7 +104,9 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(options.deterministic)
-    model = setup.policy.backbone.load(processes.device, torch.float32)
+    # What LoRA leaves frozen needs no more digits than the network calculates with; what is trained is kept in fp32.
+    half = options.precision == "bf16" and setup.policy.lora is not None
+    model = setup.policy.backbone.load(processes.device, torch.bfloat16 if half else torch.float32)
     policy = Policy(
         model,
         setup.policy.lora,
@@ -113,6 +115,7 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
         options.seed,
         setup.policy.guidance,
         setup.policy.negative,
+        setup.policy.checkpointing,
     )
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):

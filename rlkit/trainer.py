@@ -100,6 +100,7 @@ class PolicyOptions:
     lora: Lora | None  # None: full fine-tuning
     guidance: float = 1.0  # classifier-free guidance, in sampling and training alike; 1: none, and half the work
     negative: str = ""  # what guidance leads away from
+    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
 
 @dataclass(frozen=True)

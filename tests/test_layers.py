@@ -31,7 +31,7 @@ LEVELS = {
     **dict.fromkeys(("reading", "signs", "looks", "sanity", "monitors"), 4),
     **dict.fromkeys(("trainer", "session", "pretrain", "sources", "parity"), 5),
     "recipe": 6,
-    **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench"), 7),
+    **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
     **dict.fromkeys(("reward_server", "reward_worker", "cli"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }

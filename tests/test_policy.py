@@ -10,8 +10,9 @@ import torch
 from making import told
 from torch import Tensor
 
+from rlkit import recipe, session
 from rlkit.dist import Processes
-from rlkit.errors import CheckpointError
+from rlkit.errors import CheckpointError, RecipeError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Conditions, Lora, Policy, WeightSet, ema_decay
 from rlkit.types import Condition, FlowModel, Loss, Models, Prompt, Rows, generator
@@ -380,3 +381,50 @@ def test_the_twin_of_an_edit_keeps_its_source(toy_policy: Policy) -> None:
     conditions.encode([edit, plain])
     assert conditions.untold([plain.key, edit.key]) == ["blurred", Prompt(0, "blurred", source=source).key]
     assert conditions.batch(conditions.untold([edit.key]))["pooled"].shape == (1, 8)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_computing_activations_again_changes_no_gradient(tiny_model: FlowModel, lora: Lora | None) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = replace(tiny_model, net=copy.deepcopy(tiny_model.net))
+        policy = Policy(model, lora, CPU, "fp32", 0, checkpointing=checkpointing)
+        calls: list[int] = []
+        first = policy.net.get_submodule("transformer_blocks.0")
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        rows = picture_rows(policy)
+        policy.models.current.velocity(rows.x, rows.sigma, rows.cond).square().mean().backward()
+        gradients.append({name: one.grad for name, one in policy.trainable.items() if one.grad is not None})
+        assert len(calls) == 1 + checkpointing, "the blocks are computed a second time in the backward pass"
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_network_that_cannot_compute_again_is_refused(toy_policy: Policy) -> None:
+    with pytest.raises(RecipeError, match="cannot compute its activations again"):
+        Policy(toy_policy.model, None, CPU, "fp32", 0, checkpointing=True)
+
+
+def test_what_lora_leaves_frozen_is_kept_in_half_the_digits_with_bf16(small_backbone: Path) -> None:
+    words = [f"policy.backbone.path={small_backbone}", "run.threads=1", "run.device=cpu"]
+    kept = {}
+    lora, full = "{lora: {rank: 2}, full: null}", "{full: true}"
+    for precision, train in (("bf16", lora), ("bf16", full), ("fp32", lora)):
+        setup = recipe.read("quickstart", [*words, f"run.precision={precision}", f"policy.train={train}"])
+        policy = session.load_policy(setup)
+        frozen = {one.dtype for one in policy.net.parameters() if not one.requires_grad}
+        kept[precision, train == lora] = frozen, {one.dtype for one in policy.trainable.values()}
+        rows = picture_rows(policy)
+        v = policy.models.current.velocity(rows.x, rows.sigma, rows.cond)
+        assert v.dtype == torch.float32
+        v.square().mean().backward()
+        assert all(one.grad is None or one.grad.dtype == torch.float32 for one in policy.trainable.values())
+    assert kept == {
+        ("bf16", True): ({torch.bfloat16}, {torch.float32}),
+        ("bf16", False): (set(), {torch.float32}),
+        ("fp32", True): ({torch.float32}, {torch.float32}),
+    }

@@ -238,7 +238,7 @@ class Tiny:
             return [{"tokens": t.to(dtype), "pooled": p.to(dtype)} for t, p in zip(tokens, pooled, strict=True)]
 
         return FlowModel(
-            net=net.to(device).eval(),
+            net=nn.Module.to(net, device, dtype).eval(),  # from_pretrained leaves weights saved in fp32 as they are
             velocity=velocity,
             encode=encode,
             decode=autoencoder.decode,
