@@ -260,15 +260,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path, tmp_path: Path
 def test_loading_one_tower_does_not_list_the_weights_of_the_other(folder: Path) -> None:
     from transformers.utils import logging as theirs
 
-    level, said = theirs.get_verbosity(), QueueHandler(SimpleQueue())
+    before, said = (theirs.get_verbosity(), theirs.is_progress_bar_enabled()), QueueHandler(SimpleQueue())
     logging.getLogger("transformers").addHandler(said)
     try:
         load_pictures(str(folder), CPU, "fp32")
     finally:
         logging.getLogger("transformers").removeHandler(said)
     assert said.queue.empty()
-    assert theirs.get_verbosity() == level
-    assert theirs.is_progress_bar_enabled()
+    assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
 
 
 def test_the_processor_may_lie_elsewhere(clip: Clip, folder: Path, tmp_path: Path) -> None:

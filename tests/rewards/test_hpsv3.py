@@ -317,7 +317,7 @@ def test_the_card() -> None:
     (entry,) = [one for one in registry.describe("rewards") if one.name == "hpsv3"]
     assert entry.constants["range"] == (None, None)
     assert entry.constants["components"] == ("sigma",)
-    assert "metadata" in entry.constants["reads"]
+    assert (entry.constants["reads"], entry.constants["optional"]) == (("prompt",), ("metadata",))
     assert entry.summary.endswith(".")
     assert all(option.doc for option in entry.fields)
     assert registry.load("rewards", "hpsv3") is HPSv3
