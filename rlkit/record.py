@@ -67,7 +67,8 @@ def describe_held_out(samples: Samples, scores: Scores, gather: Gather) -> dict[
     """Held-out means of the total, of every reward and component: with standard errors, and by kind of prompt."""
     components = components_of(scores, gather)
     columns = {"reward": torch.where(scores.scored, scores.total, torch.nan)}
-    columns |= dict(zip(scores.names, scores.raw.unbind(1), strict=True))
+    if len(scores.names) > 1:  # one alone is the reward
+        columns |= dict(zip(scores.names, scores.raw.unbind(1), strict=True))
     columns |= {column_of(name, components): values for name, values in components.items()}
     kinds = {prompt.kind for prompt in samples.prompts if prompt.kind}
     row: dict[str, float] = {}

@@ -141,3 +141,12 @@ def test_a_sheet_of_few_pictures(samples_of: MakeSamples, tmp_path: Path) -> Non
     file = write_sheet(tmp_path, {"stage": "main", "step": 0, "at": 0}, samples_of(["x"], group=1), scores)
     assert Image.open(file).size == (COLUMNS * 4, 4)
     assert len(json.loads(file.with_suffix(".json").read_text())["items"]) == 1
+
+
+def test_several_rewards_have_columns_of_their_own_and_one_alone_is_the_reward(samples_of: MakeSamples) -> None:
+    samples = samples_of(["x", "y"])
+    both = describe_held_out(samples, scores_of([[1.0, 0.2], [0.0, 0.4]], [1.0, 0.0]), here)
+    assert (both["held_out/r0"], both["held_out/r1"]) == (pytest.approx(0.5), pytest.approx(0.3))
+    assert both["held_out/reward"] == pytest.approx(0.5), "the one of weight 0 is only watched"
+    one = describe_held_out(samples, scores_of([[1.0], [0.0]], [1.0]), here)
+    assert set(one) == {"held_out/reward", "held_out/reward_se"}
