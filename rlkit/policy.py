@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlkit.errors import CheckpointError, RecipeError
+from rlkit.shelf import Shelf
 from rlkit.types import Condition, FlowModel, Prompt, seed_of
 
 Tensors = dict[str, Tensor]
@@ -40,9 +41,10 @@ class Lora:
 class Conditions:
     """Encoded prompts by their key, encoded once. With a `negative` text each has a twin that says this instead."""
 
-    def __init__(self, model: FlowModel, negative: str | None = None) -> None:
+    def __init__(self, model: FlowModel, negative: str | None = None, shelf: Shelf | None = None) -> None:
         self._model = model
         self._negative = negative
+        self._shelf = shelf
         self._known: dict[str, Condition] = {}
         self._twins: dict[str, str] = {}
 
@@ -55,8 +57,15 @@ class Conditions:
                 self._twins[prompt.key] = twin.key
 
     def _encode(self, prompt: Prompt) -> None:
-        if prompt.key not in self._known:  # one by one: beside others its last bits would depend on what was known
-            (self._known[prompt.key],) = self._model.encode([prompt])
+        key = prompt.key
+        if key in self._known:
+            return
+        kept = self._shelf.get(key) if self._shelf else None
+        if kept is None:  # one by one: beside others its last bits would depend on what was known
+            (kept,) = self._model.encode([prompt])
+            if self._shelf:
+                self._shelf.put(key, kept)
+        self._known[key] = kept
 
     def untold(self, keys: Sequence[str]) -> list[str]:
         """The keys of their twins."""
@@ -161,6 +170,7 @@ class Policy:
         guidance: float = 1.0,
         negative: str = "",
         checkpointing: bool = False,
+        shelf: Shelf | None = None,
     ) -> None:
         self.model = model
         self.net: nn.Module = model.net
@@ -169,7 +179,7 @@ class Policy:
         self.lora = train
         self.guidance = guidance
         self.calls = 0  # rows that went through the network since they were last taken; guidance doubles them
-        self.conditions = Conditions(model, None if guidance == 1 else negative)
+        self.conditions = Conditions(model, None if guidance == 1 else negative, shelf)
         self.net.eval()  # dropout would make the ratio differ from 1 before any update
         if checkpointing:
             if not getattr(self.net, "_supports_gradient_checkpointing", False):

@@ -80,7 +80,7 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
 def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     from rlkit.trainer import PolicyOptions
 
-    known(node, ("backbone", "train", "guidance", "negative", "checkpointing"), "policy")
+    known(node, ("backbone", "train", "guidance", "negative", "checkpointing", "conditions"), "policy")
     backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
     lora, train = _train(_mapping(node.get("train"), "policy.train"))
     guidance = 1.0 if node.get("guidance") is None else node["guidance"]
@@ -96,9 +96,12 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     checkpointing = False if node.get("checkpointing") is None else node["checkpointing"]
     if not isinstance(checkpointing, bool):
         raise RecipeError(f"must be true or false, not {checkpointing!r}.", where="policy.checkpointing")
-    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing)
+    conditions = node.get("conditions")
+    if conditions is not None and not isinstance(conditions, str):
+        raise RecipeError(f"must be a folder, not {conditions!r}.", where="policy.conditions")
+    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing, conditions)
     said = {"guidance": options.guidance, "negative": negative, "checkpointing": checkpointing}
-    return options, {"backbone": plain, "train": train, **said}
+    return options, {"backbone": plain, "train": train, **said, "conditions": conditions}
 
 
 def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:

@@ -29,6 +29,7 @@ from rlkit.errors import CheckpointError, DataError
 from rlkit.policy import Policy
 from rlkit.record import describe_held_out
 from rlkit.scoring import Scoring
+from rlkit.shelf import Shelf
 from rlkit.tracking import Tracker
 from rlkit.trainer import Run, Setup, Stop, showing, train
 from rlkit.types import Context, Prompt
@@ -106,7 +107,10 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
     torch.use_deterministic_algorithms(options.deterministic)
     # What LoRA leaves frozen needs no more digits than the network calculates with; what is trained is kept in fp32.
     half = options.precision == "bf16" and setup.policy.lora is not None
-    model = setup.policy.backbone.load(processes.device, torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    model = setup.policy.backbone.load(processes.device, dtype)
+    kept = setup.policy.conditions
+    shelf = Shelf(Path(kept), setup.recipe["policy"]["backbone"], dtype, processes.device) if kept else None
     policy = Policy(
         model,
         setup.policy.lora,
@@ -116,6 +120,7 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
         setup.policy.guidance,
         setup.policy.negative,
         setup.policy.checkpointing,
+        shelf,
     )
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
@@ -168,6 +173,8 @@ def same_recipe(setup: Setup, saved: checkpoint.Checkpoint) -> None:
 
 
 def _harmless(key: str) -> bool:
+    if key == "policy.conditions":
+        return True
     parts = key.split(".")
     if parts[0] == "run":
         return parts[1] not in ("seed", "precision", "deterministic")

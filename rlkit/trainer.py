@@ -101,6 +101,7 @@ class PolicyOptions:
     guidance: float = 1.0  # classifier-free guidance, in sampling and training alike; 1: none, and half the work
     negative: str = ""  # what guidance leads away from
     checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    conditions: str | None = None  # a folder of encoded prompts, which runs may share; None: only in memory
 
 
 @dataclass(frozen=True)

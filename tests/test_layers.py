@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     **dict.fromkeys(("__init__", "types", "registry", "errors"), 0),
     **dict.fromkeys(("flow", "tokens", "advantage", "surrogate", "world"), 1),
-    **dict.fromkeys(("pictures", "preprocessing", "embedding", "clauses", "textmatch", "total"), 1),
+    **dict.fromkeys(("pictures", "preprocessing", "embedding", "clauses", "textmatch", "total", "shelf"), 1),
     **dict.fromkeys(("endpoints", "wire", "templates", "answers", "judge"), 1),
     **dict.fromkeys(("policy", "backbones", "rewards", "algorithms"), 2),
     **dict.fromkeys(("sync", "scoring", "scorer", "score_cache", "dist", "data"), 3),

@@ -238,6 +238,7 @@ OVERRIDES = {  # override, then the words of the message
     "a negative prompt without guidance": ("policy.negative=blurry", "policy.negative", "policy.guidance"),
     "a negative prompt that is no text": ("policy={negative: 3, guidance: 2}", "policy.negative", "text, not 3"),
     "checkpointing that is no choice": ("policy.checkpointing=3", "policy.checkpointing", "true or false, not 3"),
+    "a folder of conditions that is none": ("policy.conditions=3", "policy.conditions", "a folder, not 3"),
     "a shift that is no number": ("stages.main.rewards.composition.shift=inf", "composition", "shift", "finite"),
     "a scale of 0": ("stages.main.rewards.composition.scale=0", "composition", "scale must not be 0"),
     "a clip the wrong way": ("stages.main.rewards.composition.clip=[1,0]", "composition", "clip must be [least, most]"),

@@ -1,0 +1,84 @@
+"""Conditions on disk: encoded once for all runs, whole or not there, and never those of another backbone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from making import told
+
+from rlkit import recipe, session
+from rlkit.policy import Conditions, Policy
+from rlkit.shelf import Shelf
+from rlkit.types import Condition, Prompt
+
+CPU = torch.device("cpu")
+HERE = {"name": "toy", "path": None}
+
+
+def shelf(folder: Path, backbone: dict[str, object] | None = None, dtype: torch.dtype = torch.float32) -> Shelf:
+    return Shelf(folder, backbone or HERE, dtype, CPU)
+
+
+def conditions(policy: Policy, asked: list[str], shelf: Shelf) -> Conditions:
+    def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+        asked.extend(prompt.text for prompt in prompts)
+        return policy.model.encode(prompts)
+
+    return Conditions(replace(policy.model, encode=encode), shelf=shelf)
+
+
+def test_a_second_run_encodes_nothing_and_has_the_same_bits(toy_policy: Policy, tmp_path: Path) -> None:
+    asked: list[str] = []
+    first, second = (conditions(toy_policy, asked, shelf(tmp_path)) for _ in range(2))
+    first.encode(told(["a", "b"]))
+    second.encode(told(["b", "c", "a"]))
+    assert asked == ["a", "b", "c"]
+    one, other = first.batch(["a", "b"]), second.batch(["a", "b"])
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_pictures_are_part_of_what_is_kept(toy_policy: Policy, tmp_path: Path) -> None:
+    asked: list[str] = []
+    edits = [Prompt(0, "a", source=torch.zeros(3, 2, 2)), Prompt(0, "a", source=torch.ones(3, 2, 2))]
+    conditions(toy_policy, asked, shelf(tmp_path)).encode(edits)
+    assert len(asked) == 2
+
+
+def test_a_file_that_is_damaged_is_encoded_again(toy_policy: Policy, tmp_path: Path) -> None:
+    asked: list[str] = []
+    conditions(toy_policy, asked, shelf(tmp_path)).encode(told(["a"]))
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:20])
+    again = conditions(toy_policy, asked, shelf(tmp_path))
+    again.encode(told(["a"]))
+    assert asked == ["a", "a"]
+    conditions(toy_policy, asked, shelf(tmp_path)).encode(told(["a"]))
+    assert asked == ["a", "a"], "it was mended"
+    assert not [one for one in tmp_path.rglob(".*") if one.is_file()], "no draft is left"
+
+
+def test_another_backbone_another_type_and_other_weights_in_the_same_place_have_their_own(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"one")
+    here = {"name": "toy", "path": str(weights)}
+    kept = tmp_path / "kept"
+    shelf(kept, here).put("a", {"x": torch.ones(2)})
+    assert shelf(kept, here).get("a") is not None
+    assert shelf(kept, here).get("b") is None
+    assert shelf(kept, {**here, "name": "other"}).get("a") is None
+    assert shelf(kept, here, torch.bfloat16).get("a") is None
+    (weights / "model.safetensors").write_bytes(b"another")
+    assert shelf(kept, here).get("a") is None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_recipe_names_the_folder(kept: bool, small_backbone: Path, tmp_path: Path) -> None:
+    words = [f"policy.backbone.path={small_backbone}", "run.threads=1", "run.device=cpu"]
+    words += [f"policy.conditions={tmp_path / 'kept'}"] if kept else []
+    policy = session.load_policy(recipe.read("quickstart", words))
+    policy.conditions.encode(told(["a red circle"]))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == kept
