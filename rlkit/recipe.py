@@ -259,7 +259,8 @@ def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]
         weight = use.weight if use.weight is not None else float(use.when == "always")
         if not math.isfinite(weight):
             raise RecipeError(f"must be a finite number, not {weight}.", where=f"{at}.weight")
-        rewards.append(WeightedReward(name, reward, weight, use.when, use.shift, use.scale, use.clip, asking))
+        numbers = (use.when, use.shift, use.scale, use.clip)
+        rewards.append(WeightedReward(name, reward, weight, *numbers, asking, use.reward or ""))
         own = _plain(reward) if dataclasses.is_dataclass(reward) else given
         changed = {key: one for key, one in _plain(use).items() if key != "weight" and one != getattr(_Use, key)}
         plain[name] = {"weight": weight, **changed, **own}

@@ -76,8 +76,10 @@ class Answer:
 class Scorer:
     """A reward of a recipe, ready to be asked. It is loaded when the first samples come."""
 
-    def __init__(self, name: str, reward: Any, asking: Asking, device: torch.device) -> None:
+    def __init__(self, name: str, reward: Any, asking: Asking, device: torch.device, entry: str = "") -> None:
+        """`entry`: its name in the catalogue, where the recipe gives it another."""
         self.name, self.reward, self.asking, self.device = name, reward, asking, device
+        self.entry = entry or name
         self.groupwise = bool(getattr(reward, "groupwise", True))  # one that does not say may compare
         self.callers: list[Callable[[Samples], Any]] = []  # one a worker
         self.cache: ScoreCache | None = None
@@ -88,7 +90,7 @@ class Scorer:
     def start(self) -> None:
         if self.callers:
             return
-        with registry.importing("rewards", self.name, f"rewards.{self.name}"):
+        with registry.importing("rewards", self.entry, f"rewards.{self.name}"):
             if self.asking.processes:
                 self.callers = [_Process(self.reward, self.asking.timeout) for _ in range(self.asking.workers)]
             else:

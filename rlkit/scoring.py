@@ -39,6 +39,7 @@ class WeightedReward:
     scale: float = 1.0
     clip: tuple[float, float] | None = None
     asking: Asking = field(default_factory=Asking)
+    entry: str = ""  # of the catalogue, where its name in the recipe is another
 
     def value(self, raw: Tensor) -> Tensor:
         """The reward's numbers as the total takes them."""
@@ -70,7 +71,7 @@ class Scoring:
         self.max_unscored = max_unscored
         self.total = total or Total()
         device = device or torch.device("cpu")
-        self.scorers = {one.name: Scorer(one.name, one.reward, one.asking, device) for one in self.rewards}
+        self.scorers = {one.name: Scorer(one.name, one.reward, one.asking, device, one.entry) for one in self.rewards}
 
     def close(self) -> None:
         """Free what was loaded. It is loaded again if it is needed again."""

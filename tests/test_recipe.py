@@ -435,6 +435,7 @@ def test_a_reward_may_be_used_twice_and_only_for_evaluation():
     assert graded.clip == (-1, 1)
     assert (graded.asking.batch, graded.asking.workers, graded.when) == (8, 2, "always")
     assert (truth.name, truth.reward.score, truth.weight, truth.when) == ("truth", "strict", 0.0, "evaluation")
+    assert (graded.entry, truth.entry) == ("", "composition")
     plain = setup.recipe["stages"]["main"]["rewards"]
     told = {"weight": 0.0, "reward": "composition", "when": "evaluation", "retries": 1, "score": "strict"}
     assert plain["truth"] == told

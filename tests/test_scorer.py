@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlkit import score_cache
+from rlkit.errors import PluginError
 from rlkit.scorer import HUNG, Asking, Scorer, why
 from rlkit.types import Prompt, Samples, Unscored
 
@@ -95,6 +96,15 @@ def test_several_calls_run_at_once_and_keep_their_places(six: Samples) -> None:
 
     answer = ask(Together(), six, batch=2, workers=3)
     torch.testing.assert_close(answer.values, torch.linspace(0, 1, 6))
+
+
+def test_a_missing_package_is_named_whatever_the_recipe_calls_the_reward(six: Samples) -> None:
+    class Lacking:
+        def load(self, device: torch.device) -> Any:
+            raise ModuleNotFoundError("No module named 'rapidocr'", name="rapidocr")
+
+    with pytest.raises(PluginError, match=r"rewards\.legible: reward 'ocr' needs 'rapidocr'.*rlkit-visual\[ocr\]"):
+        Scorer("legible", Lacking(), Asking(), CPU, entry="ocr")(six)
 
 
 def test_no_samples_are_no_calls(six: Samples) -> None:
