@@ -254,15 +254,28 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
         "data": f"{data}: {stage.data.per_step} prompts x {stage.data.group} = {samples} samples a step",
         "rollout": _in_words(plain["rollout"]),
         "algorithm": _in_words(plain["algorithm"]),
-        "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in stage.rewards),
+        "rewards": ", ".join(
+            f"{reward.name} x {reward.weight:g}" if reward.when == "always" else f"{reward.name} in evaluations"
+            for reward in stage.rewards
+        ),
         "learner": learner,
         "evaluate": f"{evaluate.held_out} held-out pictures {often}{ends}",
     }
+    if not stage.total.plain:
+        gates = "".join(f"; at most {gate.at_most:g} when {gate.when}" for gate in stage.total.gates)
+        table["total"] = stage.total.form + gates
+    acting = [f"{name} {one['action']}" for name, one in plain["monitors"].items() if _acts(one)]
+    if acting:
+        table["monitors"] = f"{', '.join(acting)}; the others warn"
     if stage.until is not None:
         table["until"] = f"{stage.until.metric} > {stage.until.above:g}"
     if plain["expect"]:
         table["expect"] = ", ".join(f"{metric} {rule}" for metric, rule in plain["expect"].items())
     return table
+
+
+def _acts(monitor: Any) -> bool:
+    return isinstance(monitor, Mapping) and monitor.get("action", "warn") != "warn"
 
 
 def _in_words(entry: Mapping[str, Any]) -> str:

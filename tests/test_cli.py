@@ -268,3 +268,16 @@ def test_what_is_not_imported(commands, left_out):
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_check_says_what_forms_the_total_and_which_monitors_act(capsys):
+    words = [
+        "stages.main.rewards.bright={reward: brightness, when: evaluation}",
+        "stages.main.total={form: minimum, gates: [{when: 'composition/strict < 0.5', at_most: 0.1}]}",
+        "stages.main.monitors={colour: {action: stop}, sharpness: null}",
+    ]
+    assert cli.main(["check", "quickstart", *words]) == 0
+    said = capsys.readouterr().out
+    assert "composition x 1, bright in evaluations" in said
+    assert "total      minimum; at most 0.1 when composition/strict < 0.5" in said
+    assert "monitors   colour stop; the others warn" in said
