@@ -62,7 +62,7 @@ class Verdict:
 
 def check(image: npt.NDArray[Any], caption: Caption) -> Verdict:
     """Judges one picture, [3, 32, 32] in 0..1."""
-    return _judge(detect(image), caption)
+    return judge(detect(image), caption)
 
 
 def check_batch(images: npt.NDArray[Any], captions: Sequence[Caption]) -> list[Verdict]:
@@ -70,7 +70,7 @@ def check_batch(images: npt.NDArray[Any], captions: Sequence[Caption]) -> list[V
     found = detect_batch(images)
     if len(found) != len(captions):
         raise ValueError(f"{len(found)} images but {len(captions)} captions")
-    return [_judge(detections, caption) for detections, caption in zip(found, captions, strict=True)]
+    return [judge(detections, caption) for detections, caption in zip(found, captions, strict=True)]
 
 
 def detect(image: npt.NDArray[Any]) -> list[Detection]:
@@ -209,7 +209,8 @@ def _name_shapes(
     return [SHAPES[shape] if sure else UNKNOWN for shape, sure in zip(shapes.tolist(), known.tolist(), strict=True)]
 
 
-def _judge(detections: Sequence[Detection], caption: Caption) -> Verdict:
+def judge(detections: Sequence[Detection], caption: Caption) -> Verdict:
+    """Whether these objects, and no others, make a caption true."""
     scores, exact = _assign(detections, caption.targets)
     clauses = {f"object {index + 1}": score for index, score in enumerate(scores)}
     wanted, found = caption.number, len(detections)

@@ -5,7 +5,7 @@ canonical key, and the three-way split is made over those keys, so that no held-
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -196,22 +196,22 @@ def draw(split_name: str, n: int, rng: np.random.Generator) -> list[Caption]:
 def panel(split_name: str, n: int) -> list[Caption]:
     """A fixed list of `n` captions: kinds by their weights and evenly interleaved, captions of a kind in rotation."""
     rows: list[tuple[float, int, Caption]] = []
-    for index, (kind, quota) in enumerate(_quotas(n).items()):
+    for index, (kind, quota) in enumerate(quotas(n, KINDS).items()):
         pool = sorted(split(split_name, kind), key=lambda caption: _shuffled(caption.text))
         # Placing the i-th of `quota` captions at (i + 1/2) / quota spreads each kind evenly over the list.
         rows += [((i + 0.5) / quota, index, pool[i % len(pool)]) for i in range(quota)]
     return [caption for _, _, caption in sorted(rows, key=lambda row: row[:2])]
 
 
-def _quotas(n: int) -> dict[str, int]:
-    """How many of `n` captions each kind gets, by the largest remainder."""
-    total = sum(KINDS.values())
-    exact = {kind: n * weight / total for kind, weight in KINDS.items()}
-    quotas = {kind: int(share) for kind, share in exact.items()}
-    by_remainder = sorted(KINDS, key=lambda kind: quotas[kind] - exact[kind])
-    for kind in by_remainder[: n - sum(quotas.values())]:
-        quotas[kind] += 1
-    return quotas
+def quotas(n: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """How many of `n` each kind gets, by the largest remainder."""
+    total = sum(shares.values())
+    exact = {kind: n * weight / total for kind, weight in shares.items()}
+    counts = {kind: int(share) for kind, share in exact.items()}
+    by_remainder = sorted(shares, key=lambda kind: counts[kind] - exact[kind])
+    for kind in by_remainder[: n - sum(counts.values())]:
+        counts[kind] += 1
+    return counts
 
 
 PAD, UNK, BOS, EOS = range(4)  # CLIP pools wrongly at an end token with id 2

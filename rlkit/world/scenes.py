@@ -92,6 +92,17 @@ def _free_spot(
     return None
 
 
+def fits(scene: Sequence[Item]) -> bool:
+    """Whether every item lies inside the canvas, and no two come closer than half the gap."""
+    inside = all(item.extent <= centre <= SIZE - item.extent for item in scene for centre in (item.x, item.y))
+    apart = (
+        max(abs(one.x - other.x), abs(one.y - other.y)) >= one.extent + other.extent + GAP / 2
+        for i, one in enumerate(scene)
+        for other in scene[:i]
+    )
+    return inside and all(apart)
+
+
 def _in_relation(scene: Sequence[Item], relation: str | None) -> bool:
     if relation is None:
         return True
