@@ -18,7 +18,7 @@ Differences from the reference code:
 * Several spans may stand in any order. `substring` is then the mean over them.
 * Texts are compared after NFKC and case folding, not after lower().
 * A reader that fails gives no score; flow_grpo gives 0, the score of wrong text.
-* The detector enlarges pictures to 320 pixels, not to 736: as exact at 64 to 256 pixels, and five times as fast. The
+* The detector enlarges pictures to 320 pixels, not to 736: as exact at 64 to 256 pixels, in a quarter of the time. The
   classifier that turns lines by 180 degrees is off: it turns tiny text that is upright.
 """
 
