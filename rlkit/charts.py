@@ -219,14 +219,24 @@ def curve(path: Path, panels: Sequence[tuple[str, Sequence[Line]]], stages: Sequ
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture of many samples, tile by tile in rows, and what is known of each."""
+    """A picture of many samples, tile by tile in rows, and what is known of each.
+
+    A tile is `given` pictures that came with the prompt, and the sample to their right, all width x height.
+    """
 
     path: Path
     at: int
     stage: str
-    tile: int
+    width: int
+    height: int
+    given: int
     columns: int
     items: tuple[dict[str, Any], ...]
+
+    @property
+    def small(self) -> bool:
+        """Whether its pictures are pixel art."""
+        return max(self.width, self.height) <= SMALL_TILE
 
     def key(self, index: int) -> tuple[Any, Any]:
         """What makes two samples comparable: the same prompt from the same noise."""
@@ -242,7 +252,7 @@ def sheets(folder: Path) -> list[Sheet]:
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             _open(picture)
-            numbers = known["at"], known["stage"], known["tile"], known["columns"]
+            numbers = (known[name] for name in ("at", "stage", "width", "height", "given", "columns"))
             found.append(Sheet(picture, *numbers, tuple(known["items"])))
         except (OSError, ValueError, KeyError):
             continue
@@ -266,20 +276,25 @@ def _open(path: Path) -> Any:
         return image.convert("RGB")
 
 
-def tiles(sheet: Sheet, indices: Sequence[int]) -> list[str]:
-    """These tiles as data URIs: small ones as they are (the page enlarges them), large ones as thumbnails."""
+def tiles(sheet: Sheet, indices: Sequence[int]) -> list[list[str]]:
+    """Of each of these tiles its pictures as data URIs, the sample last: small ones as they are (the page enlarges
+    them), large ones as thumbnails."""
     image = _open(sheet.path)
     found = []
     for index in indices:
         row, column = divmod(index, sheet.columns)
-        left, top = column * sheet.tile, row * sheet.tile
-        tile = image.crop((left, top, left + sheet.tile, top + sheet.tile))
-        if sheet.tile <= SMALL_TILE:
-            found.append(_data_uri(tile, "png"))
-        else:
-            tile.thumbnail((SHOWN, SHOWN))
-            found.append(_data_uri(tile, "jpeg"))
+        top, left = row * sheet.height, column * sheet.width * (sheet.given + 1)
+        cells = [(left + i * sheet.width, top) for i in range(sheet.given + 1)]
+        pictures = [image.crop((x, y, x + sheet.width, y + sheet.height)) for x, y in cells]
+        found.append([_as_uri(picture, sheet.small) for picture in pictures])
     return found
+
+
+def _as_uri(picture: Any, small: bool) -> str:
+    if small:
+        return _data_uri(picture, "png")
+    picture.thumbnail((SHOWN, SHOWN))
+    return _data_uri(picture, "jpeg")
 
 
 def _data_uri(image: Any, form: str) -> str:
@@ -293,6 +308,6 @@ def enlarge(sheet: Sheet, path: Path, times: int = 3) -> None:
     from PIL import Image
 
     image = _open(sheet.path)
-    if sheet.tile <= SMALL_TILE:
+    if sheet.small:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     image.save(path, optimize=True)

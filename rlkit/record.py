@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from rlkit import advantage
-from rlkit.types import Rows, Samples, Scores
+from rlkit.types import Prompt, Rows, Samples, Scores
 
 SHEET = 24  # pictures on a sheet of samples
 COLUMNS = 8
@@ -113,19 +114,26 @@ def _std(values: Tensor, which: Tensor) -> float:
 
 
 def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: Scores) -> Path:
-    """The first pictures of an evaluation as one PNG without gaps, and beside it what each one is and scored."""
+    """The first pictures of an evaluation as one PNG without gaps, and beside it what each one is and scored.
+
+    What prompts came with, a source or references, stands to the left of each picture, in `given` cells of its size.
+    """
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     media = samples.media[:SHEET]
     count, channels, height, width = media.shape
-    rows = -(-count // COLUMNS)
-    sheet = torch.zeros(channels, rows * height, COLUMNS * width)
+    shown = [_given(prompt, height, width) for prompt in samples.prompts[:SHEET]]
+    given = max(len(pictures) for pictures in shown)
+    rows, tile = -(-count // COLUMNS), (given + 1) * width
+    sheet = torch.zeros(channels, rows * height, COLUMNS * tile)
     reward = torch.where(scores.scored, scores.total, torch.nan)
     items = []
     for i in range(count):
-        top, left = i // COLUMNS * height, i % COLUMNS * width
-        sheet[:, top : top + height, left : left + width] = media[i]
+        top, left = i // COLUMNS * height, i % COLUMNS * tile
+        for cell, picture in enumerate([*shown[i], *[None] * (given - len(shown[i])), media[i]]):
+            if picture is not None:
+                sheet[:, top : top + height, left + cell * width : left + (cell + 1) * width] = picture
         item = {"prompt": samples.prompts[i].text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
         parts = scores.components
         items.append(item | {column_of(name, parts): _number(values[i]) for name, values in parts.items()})
@@ -133,9 +141,20 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(name.with_suffix(".png"))
     described = {"stage": row["stage"], "step": row["step"], "at": row["at"]}
-    described |= {"tile": width, "columns": COLUMNS, "items": items}
+    described |= {"width": width, "height": height, "given": given, "columns": COLUMNS, "items": items}
     name.with_suffix(".json").write_text(json.dumps(described, indent=1))
     return name.with_suffix(".png")
+
+
+def _given(prompt: Prompt, height: int, width: int) -> list[Tensor]:
+    """The pictures that a prompt came with, stretched to this size: [3, height, width] in 0..1 each."""
+    pictures = [*([] if prompt.source is None else [prompt.source]), *prompt.references]
+    return [
+        one.cpu()
+        if one.shape[1:] == (height, width)
+        else interpolate(one[None].cpu(), (height, width), mode="area")[0].clamp(0, 1)
+        for one in pictures
+    ]
 
 
 def _number(value: Tensor) -> float | None:

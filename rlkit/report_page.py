@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rlkit.charts import SMALL, SMALL_TILE, Line, Sheet, Span, chart, number, tiles
+from rlkit.charts import SMALL, Line, Sheet, Span, chart, number, tiles
 from rlkit.tracking import HELD_OUT
 
 Row = Mapping[str, Any]
@@ -197,14 +197,16 @@ def pictures(pair: Sequence[Sheet]) -> str:
     olds, news = tiles(first, [old for old, _ in matched]), tiles(last, [new for _, new in matched])
     ways = [_compare(first.items[old], last.items[new]) for old, new in matched]
     cells = "".join(
-        _picture(first.items[old], last.items[new], way, [old_tile, new_tile] if first is not last else [old_tile])
+        _picture(first.items[old], last.items[new], way, [*old_tile, *new_tile[-1:]] if first is not last else old_tile)
         for (old, new), way, old_tile, new_tile in zip(matched, ways, olds, news, strict=True)
     )
-    note = f"Step {first.at:,}."
+    beside = "What was given, then: " if first.given else ""
+    note = f"{beside}Step {first.at:,}."
     if first is not last:
-        note = f"Left: step {first.at:,}. Right: step {last.at:,}. Of these {len(ways)} pictures, "
+        sides = "step {}, step {}" if first.given else "Left: step {}. Right: step {}"
+        note = f"{beside}{sides.format(f'{first.at:,}', f'{last.at:,}')}. Of these {len(ways)} pictures, "
         note += f"{ways.count('better')} got better and {ways.count('worse')} got worse."
-    small = "pixels" if max(first.tile, last.tile) <= SMALL_TILE else ""
+    small = "pixels" if first.small and last.small else ""
     return (
         f'<section><h2>Same prompts, same seeds</h2><p class="note">{note}</p>'
         f'<div class="pictures {small}">{cells}</div></section>'
@@ -222,11 +224,12 @@ def _compare(before: Row, after: Row) -> str:
 
 def _picture(before: Row, after: Row, way: str, images: Sequence[str]) -> str:
     prompt = escape(str(after.get("prompt", "")))
-    shown = "".join(f'<img src="{uri}" alt="{prompt}">' for uri in images)
+    style = f' style="width: calc({100 / len(images):.2f}% - 6px)"' if len(images) > 2 else ""
+    shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")
     marks = []
     for name in SCORES:
-        values = [one.get(name) for one in (before, after)][: len(images)]
+        values = [one.get(name) for one in ((before, after) if before is not after else (after,))]
         if any(value is not None for value in values):
             numbers = " → ".join("–" if value is None else f"{value:.2f}".removesuffix(".00") for value in values)
             marks.append(f"<small>{name}<br>{numbers}</small>")

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_the_sheet_shows_the_first_pictures_where_its_json_says(samples_of: Make
 
     described = json.loads(file.with_suffix(".json").read_text())
     assert (described["stage"], described["step"], described["at"]) == ("main", 3, 43)
-    assert (described["tile"], described["columns"], len(described["items"])) == (6, COLUMNS, SHEET)
+    assert (described["width"], described["height"], described["given"]) == (6, 4, 0)
+    assert (described["columns"], len(described["items"])) == (COLUMNS, SHEET)
     pixels = np.asarray(Image.open(file))
     assert pixels.shape == (SHEET // COLUMNS * 4, COLUMNS * 6, 3)
     for i, item in enumerate(described["items"]):
@@ -134,6 +136,20 @@ def test_the_sheet_shows_the_first_pictures_where_its_json_says(samples_of: Make
         assert (pixels[top : top + 4, left : left + 6] == i * 9).all()
         assert (item["prompt"], item["seed"], item["strict"]) == (f"picture {i}", i, i % 2)
         assert item["reward"] == (None if i == 2 else pytest.approx(2 * i / n)), "an unscored picture has no reward"
+
+
+def test_what_a_prompt_came_with_stands_beside_its_picture(samples_of: MakeSamples, tmp_path: Path) -> None:
+    media = torch.full((2, 3, 4, 4), 0.6)
+    samples = samples_of(["edit", "put"], group=1, media=media)
+    flat = [torch.full((3, side, side), value) for side, value in ((4, 0.2), (8, 0.4))]
+    first, second = samples.prompts
+    samples = replace(samples, prompts=(replace(first, source=flat[0]), replace(second, references=tuple(flat))))
+    file = write_sheet(tmp_path, {"stage": "main", "step": 0, "at": 0}, samples, scores_of([[1.0], [0.0]], [1.0]))
+    known = json.loads(file.with_suffix(".json").read_text())
+    assert (known["width"], known["height"], known["given"]) == (4, 4, 2)
+    pixels = np.asarray(Image.open(file))
+    assert pixels.shape == (4, COLUMNS * 12, 3)
+    assert [int(pixels[0, 4 * cell, 0]) for cell in range(6)] == [51, 0, 153, 51, 102, 153]
 
 
 def test_a_sheet_of_few_pictures(samples_of: MakeSamples, tmp_path: Path) -> None:

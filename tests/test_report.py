@@ -1,5 +1,7 @@
 """Reports of made-up runs whose answers are known."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rlkit import charts
+from rlkit import charts, report_page
 from rlkit.errors import DataError
 from rlkit.report import sentence, summary, write
 from rlkit.tracking import Metrics
@@ -86,7 +88,16 @@ def sheet(folder: Path, at: int, colour: tuple[int, int, int], strict: float, ti
         {"prompt": f"a <b>{i}</b>", "seed": seed + i, "reward": 0.5, "strict": strict if i == 2 else 1.0}
         for i in range(3)
     ]
-    known = {"stage": "main", "step": at, "at": at, "tile": tile, "columns": 2, "items": items}
+    known = {
+        "stage": "main",
+        "step": at,
+        "at": at,
+        "width": tile,
+        "height": tile,
+        "given": 0,
+        "columns": 2,
+        "items": items,
+    }
     (folder / "samples" / f"{at:06d}.json").write_text(json.dumps(known))
 
 
@@ -286,3 +297,22 @@ def test_heavy_libraries_wait_until_a_report_is_written() -> None:
     program = "import sys, rlkit.report; print(sorted({'matplotlib', 'PIL', 'torch', 'yaml'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_was_given_and_pictures_that_are_not_square_are_cut_where_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    picture = Image.new("RGB", (2 * 2 * 6, 2 * 4))
+    picture.paste((255, 0, 0), (6, 4, 12, 8))  # the sample of the third tile
+    picture.paste((0, 0, 255), (0, 4, 6, 8))  # and what it was made from
+    picture.save(tmp_path / "samples" / "000001.png")
+    items = [{"prompt": str(i), "seed": i} for i in range(3)]
+    known = {"stage": "main", "at": 1, "width": 6, "height": 4, "given": 1, "columns": 2, "items": items}
+    (tmp_path / "samples" / "000001.json").write_text(json.dumps(known))
+    (sheet,) = charts.sheets(tmp_path)
+    ((given, made),) = charts.tiles(sheet, [2])
+    for uri, colour in ((given, (0, 0, 255)), (made, (255, 0, 0))):
+        cut = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB")
+        assert cut.size == (6, 4)
+        assert {colour} == {cut.getpixel((x, y)) for x in range(6) for y in range(4)}
+    page = report_page.pictures(charts.pair([sheet]))
+    assert "What was given, then: Step 1." in page
