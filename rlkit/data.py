@@ -1,80 +1,86 @@
-"""Prompts, and pairs of pictures. What a step draws is a pure function of (seed, stage, step), so a resumed run sees
-the same ones."""
+"""What a recipe may say under `data:`. What a step draws is a pure function of (seed, stage, step), so a resumed run
+sees the same prompts.
+
+Each class is the schema of its YAML: world, prompts (a file), images (a folder), hub (a Hugging Face data set), mixture
+(several of these) and pairs. How lists of prompts are walked through is told in epochs.py.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from io import BytesIO
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rlkit.errors import DataError, nearest
+from rlkit import registry
+from rlkit.epochs import Choices, Listed, PromptBatch, Prompts, Size, Source, check_counts, listed
+from rlkit.errors import RecipeError, nearest
+from rlkit.mixture import Mixed
+from rlkit.pairs import HALVES, read_pairs
+from rlkit.picture_files import Picture, Unread
+from rlkit.picture_folders import metadata_file, read_folder
+from rlkit.tables import check_columns, first_columns, given, hub_columns, load_table, read_prompts, read_table
 from rlkit.types import Prompt, seed_of
-from rlkit.world import grammar
+from rlkit.world import grammar, instructions, scenes
 
-MORE = ("target_text", "source", "references")  # keys of a JSON line that rewards may read
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """What one step samples: `group` pictures of each prompt. Sample i of the step belongs to prompt i // group."""
-
-    prompts: tuple[Prompt, ...]
-    group: int
-
-    def __len__(self) -> int:
-        return len(self.prompts) * self.group
-
-
-class Prompts(Protocol):
-    """An opened data set."""
-
-    def draw(self, seed: int, stage: str, step: int) -> PromptBatch: ...
-
-    def held_out(self, count: int) -> tuple[Prompt, ...]: ...
-
-    def texts(self) -> tuple[str, ...]:
-        """Every distinct text of a user's own prompts, to be looked at before the first step."""
-        ...
-
-
-def _check_sizes(per_step: int, group: int) -> None:
-    if per_step < 1:
-        raise ValueError(f"per_step must be 1 prompt or more, not {per_step}")
-    if group < 1:
-        raise ValueError(f"group must be 1 or more, not {group}")
+__all__ = [  # the entries, and what other rooms need to go with them
+    "DATA",
+    "HALVES",
+    "FilePrompts",
+    "HubPrompts",
+    "ImageFolder",
+    "Mixture",
+    "PairFile",
+    "Picture",
+    "PromptBatch",
+    "Prompts",
+    "WorldPrompts",
+    "read_pairs",
+]
 
 
 @dataclass(frozen=True)
 class WorldPrompts:
-    """Captions of the embedded world, drawn by kind from one split; held-out meanings are never trained on."""
+    """What the embedded world asks for, drawn by kind from one split; held-out meanings are never trained on.
 
-    gives = ("prompt", "metadata")
+    t2i: captions. edit: a source picture and what to change in it. in_context: one or two references, and a scene to
+    put them into. caption: a picture, for a policy that writes; what it was drawn from is its metadata `caption`.
+    """
 
     per_step: int  # prompts a step
     group: int  # pictures a prompt
-    task: Literal["t2i"] = "t2i"
+    task: Literal["t2i", "edit", "in_context", "caption"] = "t2i"
     kinds: tuple[str, ...] | None = None  # trained on, by the world's weights; None: all
     split: Literal["train", "validation"] = "train"  # never the held-out one
     held_out_split: Literal["held_out", "validation"] = "held_out"  # "validation" is for tuning
 
     def __post_init__(self) -> None:
-        _check_sizes(self.per_step, self.group)
+        check_counts(self.per_step, self.group)
+        known = grammar.KINDS if self.task == "caption" else instructions.kinds(self.task)
         for kind in self.kinds or ():
-            if kind not in grammar.KINDS:
-                raise ValueError(f"no kind of caption named {kind!r}.{nearest(kind, grammar.KINDS)}")
+            if kind not in known:
+                what = "caption" if self.task == "t2i" else f"the task {self.task}"
+                raise ValueError(f"no kind of {what} named {kind!r}.{nearest(kind, known)}")
 
-    def open(self) -> Prompts:
+    @property
+    def gives(self) -> tuple[str, ...]:
+        shown = {"t2i": (), "edit": ("source",), "in_context": ("references",), "caption": ("source",)}
+        return ("prompt", "metadata", *shown[self.task])
+
+    def open(self) -> Source:
         return self
 
     def draw(self, seed: int, stage: str, step: int) -> PromptBatch:
         rng = np.random.default_rng(seed_of(seed, stage, step, "prompts"))
+        if self.task == "caption":
+            drawn = instructions.draw("t2i", self.split, self.per_step, rng, self.kinds or ())
+            return PromptBatch(tuple(_pictured(example) for example in drawn), self.group)
+        if self.task != "t2i":
+            examples = instructions.draw(self.task, self.split, self.per_step, rng, self.kinds or ())
+            return PromptBatch(tuple(_instruction(example) for example in examples), self.group)
         captions = grammar.draw(self.split, self.per_step, rng)
         if self.kinds:
             weights = np.array([grammar.KINDS[kind] for kind in self.kinds])
@@ -84,47 +90,190 @@ class WorldPrompts:
         return PromptBatch(tuple(_prompt(caption) for caption in captions), self.group)
 
     def held_out(self, count: int) -> tuple[Prompt, ...]:
-        """Captions of all kinds, whatever is trained on: leaving a hard one out must not flatter the score."""
+        """Of all kinds, whatever is trained on: leaving a hard one out must not flatter the score."""
+        if self.task == "caption":
+            panel = instructions.panel("t2i", self.held_out_split, count)
+            return tuple(_pictured(example) for example in panel)
+        if self.task != "t2i":
+            panel = instructions.panel(self.task, self.held_out_split, count)
+            return tuple(_instruction(example) for example in panel)
         return tuple(_prompt(caption) for caption in grammar.panel(self.held_out_split, count))
 
     def texts(self) -> tuple[str, ...]:
         return ()
+
+    def everything(self) -> None:
+        """There is no end to what it can ask for."""
+
+    def shares(self) -> Mapping[Size | None, float]:
+        return {None: 1.0}
+
+    def take(self, key: tuple[int, str, int], size: Size | None, start: int, count: int) -> tuple[Prompt, ...]:
+        """Drawn anew for each step: there are no epochs to be at some place of."""
+        return replace(self, per_step=count).draw(*key).prompts
+
+    def panel_sizes(self) -> Mapping[Size | None, float]:
+        return {None: 1.0}
+
+    def panel(self, count: int, size: Size | None) -> tuple[Prompt, ...]:
+        return self.held_out(count)
 
 
 def _prompt(caption: grammar.Caption) -> Prompt:
     return Prompt(id=seed_of(caption.text), text=caption.text, kind=caption.kind)
 
 
+def _pictured(example: instructions.Example) -> Prompt:
+    (picture,) = torch.from_numpy(scenes.render_scenes([example.answer]))
+    prompt = Prompt(id=0, text="", kind=example.kind, metadata={"caption": example.text}, source=picture)
+    return replace(prompt, id=seed_of(prompt.key))
+
+
+def _instruction(example: instructions.Example) -> Prompt:
+    pictures = tuple(torch.from_numpy(scenes.render_scenes(example.shown)))
+    prompt = Prompt(
+        id=0,
+        text=example.text,
+        kind=example.kind,
+        source=pictures[0] if example.task == "edit" else None,
+        references=pictures if example.task == "in_context" else (),
+    )
+    return replace(prompt, id=seed_of(prompt.key))
+
+
 @dataclass(frozen=True)
 class FilePrompts:
-    """A file of prompts: one a line, or JSON lines with "prompt" (or "text") and any other keys as metadata.
+    """A file of prompts: text, one a line; JSON lines, .csv or .parquet with "prompt" (or "text") and other columns.
 
-    Some keys are more than that: "target_text", a text or a list of what should be legible in the picture; "source",
-    the file of a picture to edit or to repeat, and "references", a list of such files. Their paths begin where the
-    JSON lies.
+    Some columns are more than metadata: "target_text", a text or a list of what should be legible in the picture;
+    "source", the file of a picture to edit or to repeat, and "references", a list of such files; "size", [height,
+    width] of the picture wanted. Paths begin where the file lies. `columns` says what these are called in the file.
     """
 
     path: str
     per_step: int
     group: int
-    held_out_path: str | None = None  # evaluated on; none: no held-out evaluation
+    held_out_path: str | None = None  # evaluated on, a file with the same columns; none: no held-out evaluation
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {prompt: THEIR NAME, ...}; null: not for us
+    held_out_share: float = 0.0  # of the prompts, chosen by a hash of what they say and show
+    held_out_salt: str = ""  # another text, another choice
+    sizes: tuple[tuple[int, int], ...] | None = None  # [[height, width], ...]: each prompt gets the nearest shape
+    max_broken: float = 0.0  # stop above this share of prompts whose pictures cannot be read; 0: at the first
+    verify: bool = False  # open every picture before the first step
 
     def __post_init__(self) -> None:
-        _check_sizes(self.per_step, self.group)
+        _choices(self)
+        check_columns(self.columns)
+        _one_held_out(self.held_out_share, "held_out_path", self.held_out_path)
 
     @property
     def gives(self) -> tuple[str, ...]:
-        """What the first line has; of a file that is not there yet nothing is known, so nothing is denied."""
-        file = Path(self.path)
-        if not file.is_file():
-            return ("prompt", "metadata", *MORE)
-        where, line = next(_lines(file, "prompts"), ("", ""))
-        first = _json_object(line, where) if line.startswith("{") else {}
-        return ("prompt", "metadata", *(key for key in MORE if key in first))
+        """What the first row has."""
+        return given(self.columns, first_columns(Path(self.path)))
 
-    def open(self) -> Prompts:
-        held_out = read_prompts(Path(self.held_out_path)) if self.held_out_path else ()
-        return _File(read_prompts(Path(self.path)), held_out, self.per_step, self.group)
+    def open(self) -> Source:
+        kept = read_prompts(Path(self.held_out_path), self.columns) if self.held_out_path else ()
+        look = Path(self.path).suffix not in (".parquet", ".arrow")  # what lies in a table itself is not missing
+        return listed(read_prompts(Path(self.path), self.columns), kept, _choices(self), self.path, look)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of pictures, those of its folders too, each of them a prompt: to edit, or to draw once more.
+
+    Its text stands in NAME.txt beside NAME.png; or in metadata.jsonl (or .csv), whose rows have "file_name", "prompt"
+    (or "text") and what else a file of prompts may have; or is one `text` for all.
+    """
+
+    path: str
+    per_step: int
+    group: int
+    used_as: Literal["source", "references"] = "source"  # what the picture is to the prompt
+    text: str | None = None  # of every prompt, for instance "repeat this picture"
+    held_out_path: str | None = None  # evaluated on, a folder of the same kind; none: no held-out evaluation
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {prompt: THEIR NAME, ...}; null: not for us
+    held_out_share: float = 0.0  # of the prompts, chosen by a hash of what they say and show
+    held_out_salt: str = ""  # another text, another choice
+    sizes: tuple[tuple[int, int], ...] | None = None  # [[height, width], ...]: each prompt gets the nearest shape
+    max_broken: float = 0.0  # stop above this share of prompts whose pictures cannot be read; 0: at the first
+    verify: bool = False  # open every picture before the first step
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        check_columns(self.columns)
+        _one_held_out(self.held_out_share, "held_out_path", self.held_out_path)
+        if self.text is not None and not self.text.strip():
+            raise ValueError("text must say something. Leave it out where each picture has its own")
+        for name, taken in (("prompt", self.text), (self.used_as, self.used_as)):
+            if taken is not None and self.columns.get(name) is not None:
+                raise ValueError(
+                    f"columns.{name} is taken: {'text' if name == 'prompt' else 'used_as'} says what it is"
+                )
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        metadata = metadata_file(Path(self.path))
+        there = first_columns(metadata) if metadata else None if not Path(self.path).is_dir() else []
+        words = given({**self.columns, self.used_as: None}, there)
+        return (*words, self.used_as)
+
+    def open(self) -> Source:
+        both = [Path(one) for one in (self.path, self.held_out_path) if one]
+        rows, *kept = [read_folder(one, self.used_as, self.text, self.columns) for one in both]
+        return listed(rows, kept[0] if kept else (), _choices(self), self.path)
+
+
+@dataclass(frozen=True)
+class HubPrompts:
+    """A Hugging Face data set: OWNER/NAME on the hub, a folder that `save_to_disk` wrote, a file or folder of parquet,
+    arrow, JSON lines or csv. Never one that has to be run.
+
+    Its columns are those of a file of prompts; pictures may lie in the table, as its Image columns, or beside it.
+    """
+
+    path: str
+    per_step: int
+    group: int
+    config: str | None = None  # of several that one name stands for
+    split: str = "train"
+    revision: str | None = None  # a branch, a tag or a commit on the hub; a commit is what stays as it is
+    held_out_split: str | None = None  # evaluated on, another split; none: no held-out evaluation
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {prompt: THEIR NAME, ...}; null: not for us
+    held_out_share: float = 0.0  # of the prompts, chosen by a hash of what they say and show
+    held_out_salt: str = ""  # another text, another choice
+    sizes: tuple[tuple[int, int], ...] | None = None  # [[height, width], ...]: each prompt gets the nearest shape
+    max_broken: float = 0.0  # stop above this share of prompts whose pictures cannot be read; 0: at the first
+    verify: bool = False  # open every picture before the first step
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        check_columns(self.columns)
+        _one_held_out(self.held_out_share, "held_out_split", self.held_out_split)
+        if self.held_out_split == self.split:
+            raise ValueError(f"held_out_split must not be the split to train on, {self.split!r}")
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return given(self.columns, hub_columns(Path(self.path)))
+
+    def open(self) -> Source:
+        kept = self._rows(self.held_out_split) if self.held_out_split else ()
+        return listed(self._rows(self.split), kept, _choices(self), self.path, look=False)
+
+    def _rows(self, split: str) -> tuple[Unread, ...]:
+        table = load_table(self.path, self.config, split, self.revision)
+        place = Path(self.path).expanduser()
+        where = self.path if split == "train" else f"{self.path} ({split})"
+        return read_table(table, where, place if place.is_dir() else place.parent, self.columns)
+
+
+def _choices(entry: FilePrompts | ImageFolder | HubPrompts) -> Choices:
+    return Choices(**{one.name: getattr(entry, one.name) for one in fields(Choices)})
+
+
+def _one_held_out(share: float, name: str, other: str | None) -> None:
+    if share and other:
+        raise ValueError(f"held_out_share and {name} exclude each other: evaluation is on one of them")
 
 
 @dataclass(frozen=True)
@@ -143,253 +292,86 @@ class PairFile:
     held_out_path: str | None = None  # prompts to evaluate on, sampled by the policy; none: no held-out evaluation
     held_out_split: Literal["held_out", "validation"] | None = None  # the embedded world's captions in their place
     verify: bool = True  # look at every picture before the first step; false: only at whether its file is there
+    max_broken: float = 0.0  # stop above this share of pairs whose pictures cannot be read; 0: at the first
 
     def __post_init__(self) -> None:
-        _check_sizes(self.per_step, self.group)
+        self._choices()
         if self.group != 2:
             raise ValueError(f"group must be 2, not {self.group}: a pair is a group of two pictures. Leave it out")
         if self.held_out_path and self.held_out_split:
             raise ValueError("held_out_path and held_out_split exclude each other: evaluation is on one of them")
+        if self.max_broken and not self.verify:
+            raise ValueError("max_broken needs verify: true here: a pair is handed out as it lies")
+
+    def open(self) -> Listed:
+        kept = read_prompts(Path(self.held_out_path)) if self.held_out_path else ()
+        pairs = [Unread(pair) for pair in read_pairs(Path(self.path), self.verify, self.max_broken)]
+        world = WorldPrompts(1, 1, held_out_split=self.held_out_split) if self.held_out_split else None
+        return replace(listed(pairs, kept, self._choices(), self.path), instead=world)
+
+    def _choices(self) -> Choices:
+        return Choices(self.per_step, self.group, max_broken=self.max_broken)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources. A step draws the source of each of its prompts by weight; each source walks its own epochs."""
+
+    sources: Mapping[str, Mapping[str, Any] | None]  # NAME: {name: prompts, path: ..., weight: 2}; null: not this one
+    per_step: int  # prompts a step, of all sources together
+    group: int
+
+    def __post_init__(self) -> None:
+        check_counts(self.per_step, self.group)
+        if not self._named():
+            raise ValueError("sources must name one or more: {NAME: {name: prompts, path: ..., weight: 1}}")
+        self._entries()
+        self._weights()
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What all sources give."""
+        each = [entry.gives for entry in self._entries().values()]
+        return tuple(word for word in each[0] if all(word in one for one in each))
 
     def open(self) -> Prompts:
-        held_out = read_prompts(Path(self.held_out_path)) if self.held_out_path else ()
-        pairs = read_pairs(Path(self.path), self.verify)
-        return _File(pairs, held_out, self.per_step, self.group, self.held_out_split)
+        opened = {name: entry.open() for name, entry in self._entries().items()}
+        return Mixed(opened, self._weights(), self.per_step, self.group)
 
+    def _named(self) -> dict[str, Mapping[str, Any]]:
+        return {name: source for name, source in self.sources.items() if source is not None}
 
-@dataclass(frozen=True)
-class _File:
-    prompts: tuple[Prompt, ...]
-    kept: tuple[Prompt, ...]
-    per_step: int
-    group: int
-    world_split: Literal["held_out", "validation"] | None = None  # evaluated on in place of `kept`
-    orders: dict[tuple[int, str, int], np.ndarray[Any, Any]] = field(default_factory=dict)  # shuffles, by epoch
+    def _weights(self) -> dict[str, float]:
+        weights = {name: source.get("weight", 1.0) for name, source in self._named().items()}
+        for name, weight in weights.items():
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+                raise ValueError(f"sources.{name}.weight must be a number above 0, not {weight!r}")
+        return weights
 
-    def draw(self, seed: int, stage: str, step: int) -> PromptBatch:
-        """Every prompt once an epoch, in an order drawn anew each epoch."""
-        size = len(self.prompts)
-        chosen = []
-        for position in range(step * self.per_step, (step + 1) * self.per_step):
-            key = (seed, stage, position // size)
-            if key not in self.orders:
-                self.orders[key] = np.random.default_rng(seed_of(*key, "epoch")).permutation(size)
-            chosen.append(_with_pictures(self.prompts[self.orders[key][position % size]]))
-        return PromptBatch(tuple(chosen), self.group)
+    def _entries(self) -> dict[str, Any]:
+        return {name: self._entry(f"sources.{name}", source) for name, source in self._named().items()}
 
-    def held_out(self, count: int) -> tuple[Prompt, ...]:
-        if self.world_split:
-            return WorldPrompts(1, 1, held_out_split=self.world_split).held_out(count)
-        return tuple(_with_pictures(self.kept[i % len(self.kept)]) for i in range(count)) if self.kept else ()
-
-    def texts(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(prompt.text for prompt in self.prompts + self.kept))
-
-
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a file; empty lines are passed over. DataError with file and line for what cannot be read.
-
-    Pictures are looked for, and read when they are drawn: until then each is a `Picture` in the metadata.
-    """
-    prompts = tuple(_parse_line(line, i, where, path.parent) for i, (where, line) in enumerate(_lines(path, "prompts")))
-    if not prompts:
-        raise DataError("no prompts in this file", where=str(path), hint="Write one prompt a line.")
-    return prompts
-
-
-def _lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
-    """("file:number", line) of every line that is not empty."""
-    try:
-        # Some editors begin a file with a mark. Not splitlines: it breaks at characters that JSON allows in a text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {what}: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not a UTF-8 text file: {error}", where=str(path)) from error
-    yield from ((f"{path}:{i}", line.strip()) for i, line in enumerate(lines, start=1) if line.strip())
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not a JSON object: {error}", where=where) from error
-    if not isinstance(record, dict):
-        raise DataError(f"not a JSON object: {line[:40]}", where=where)
-    return record
-
-
-def _parse_line(line: str, index: int, where: str, folder: Path) -> Prompt:
-    if not line.startswith("{"):
-        return Prompt(id=index, text=line)
-    record = _json_object(line, where)
-    text = record.pop("prompt", None) or record.pop("text", None)
-    if not isinstance(text, str) or not text.strip():
-        raise DataError('no "prompt" in this line', where=where, hint='Write {"prompt": "a red circle", ...}.')
-    target = record.pop("target_text", [])
-    spans = [target] if isinstance(target, str) else target
-    if not isinstance(spans, list) or not all(isinstance(one, str) for one in spans):
-        raise DataError(f"'target_text' must be a text or a list of texts, not {target!r}", where=where)
-    return Prompt(id=index, text=text, metadata=_found_pictures(record, where, folder), target_text=tuple(spans))
-
-
-def _found_pictures(record: Mapping[str, Any], where: str, folder: Path) -> dict[str, Any]:
-    """The record with a `Picture` for each file that it names."""
-    references = record.get("references", [])
-    if not isinstance(references, list):
-        raise DataError(f"'references' must be a list of picture files, not {references!r}", where=where)
-    files = {"source": record["source"]} if "source" in record else {}
-    files |= {f"references[{i}]": one for i, one in enumerate(references)}
-    pictures = {key: Picture(key, where, 0, [files], folder) for key in files}
-    for picture in pictures.values():
-        picture.source()
-    found = dict(record)
-    if "source" in pictures:
-        found["source"] = pictures.pop("source")
-    if "references" in record:
-        found["references"] = tuple(pictures.values())
-    return found
-
-
-def _with_pictures(prompt: Prompt) -> Prompt:
-    """The prompt with its pictures read."""
-    found = {key: prompt.metadata[key] for key in ("source", "references") if key in prompt.metadata}
-    if not found:
-        return prompt
-    return replace(
-        prompt,
-        metadata={key: value for key, value in prompt.metadata.items() if key not in found},
-        source=_pixels(found["source"]) if "source" in found else None,
-        references=tuple(_pixels(one) for one in found.get("references", ())),
-    )
-
-
-def _pixels(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture.read()).movedim(-1, 0).float() / 255  # [3, H, W]
-
-
-# ---- pairs -----------------------------------------------------------------------------------------------------------
-
-HALVES = ("chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of a line, read when it is wanted: only where to find it stays in memory."""
-
-    key: str  # of the line: chosen, rejected, source, references[0]
-    where: str  # file and line, for messages
-    row: int
-    table: Any = field(repr=False)  # rows[row][key]: a path from `folder`, or {"bytes": ..., "path": ...}
-    folder: Path = field(repr=False)
-
-    def source(self) -> Path | bytes:
-        """The file that holds the picture, or its bytes. DataError if there is neither."""
-        stored = self.table[self.row][self.key]
-        if isinstance(stored, Mapping):
-            if stored.get("bytes") is not None:
-                return bytes(stored["bytes"])
-            stored = stored.get("path")
-        if not isinstance(stored, str) or not stored:
-            what = f"{self.key!r} must be the path of a picture, not {stored!r}"
-            raise DataError(what, where=self.where, hint=f"Paths begin in {self.folder}.")
-        if not (self.folder / stored).is_file():
-            what = f"the {self.key} picture {self.folder / stored} does not exist"
-            raise DataError(what, where=self.where, hint=f"Paths begin in {self.folder}.")
-        return self.folder / stored
-
-    def read(self) -> np.ndarray[Any, Any]:
-        """The pixels [H, W, 3] uint8, turned as the camera says."""
-        from PIL import Image, ImageOps
-
-        source = self.source()
-        name = source if isinstance(source, Path) else "in this row"
+    def _entry(self, where: str, source: Mapping[str, Any]) -> Any:
+        kind, known = source.get("name"), [one for one in DATA if one not in ("pairs", "mixture")]
+        if kind not in known:
+            near = nearest(str(kind), known)
+            raise ValueError(f"{where}.name must be one of {', '.join(known)}, not {kind!r}.{near}")
+        own = {key: value for key, value in source.items() if key not in ("name", "weight")}
+        for key in ("per_step", "group"):
+            if key in own:
+                raise ValueError(f"{where}.{key} is said of the mixture as a whole: leave it out here")
+        own |= {"per_step": self.per_step, "group": self.group}
         try:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises at a file that is cut off or no picture
-            raise DataError(f"cannot read the {self.key} picture {name}: {error}", where=self.where) from error
+            return registry.construct(DATA[str(kind)], own, where, what=f"data {kind!r}")
+        except RecipeError as error:  # where the mixture stands in the recipe, only the caller knows
+            raise ValueError(str(error)) from error
 
 
-def read_pairs(path: Path, verify: bool = True) -> tuple[Prompt, ...]:
-    """The pairs of a file or folder: prompts with a `Picture` as metadata "chosen" and "rejected".
-
-    DataError with file and line for what cannot be read, for a pair whose halves are the same, and, with `verify`, for
-    pictures of several sizes.
-    """
-    pairs: list[Prompt] = []
-    first: tuple[str, tuple[int, ...]] | None = None
-    for prompt in _saved_pairs(path) if path.is_dir() else _json_pairs(path):
-        chosen, rejected = (prompt.metadata[half] for half in HALVES)
-        sources = [chosen.source(), rejected.source()]
-        if all(isinstance(one, Path) for one in sources) and sources[0].samefile(sources[1]):
-            raise DataError(f"chosen and rejected are the same file, {sources[0]}", where=chosen.where)
-        if verify:
-            pixels = chosen.read(), rejected.read()
-            for half, shape in zip(HALVES, (one.shape for one in pixels), strict=True):
-                first = first or (chosen.where, shape)
-                if shape != first[1]:
-                    what = f"the {half} picture is {_size(shape)}, but those from {first[0]} on are {_size(first[1])}"
-                    raise DataError(what, where=chosen.where, hint="Give all pictures one size.")
-            if np.array_equal(*pixels):
-                what = "chosen and rejected have the same pixels"
-                raise DataError(what, where=chosen.where, hint="Leave this pair out: it says nothing.")
-        pairs.append(prompt)
-    if not pairs:
-        hint = 'Write one {"prompt": ..., "chosen": ..., "rejected": ...} a line.'
-        raise DataError("no pairs in this file", where=str(path), hint=hint)
-    return tuple(pairs)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]}"
-
-
-def _json_pairs(path: Path) -> Iterator[Prompt]:
-    table: list[dict[str, Any]] = []
-    for where, line in _lines(path, "pairs"):
-        record = _json_object(line, where)
-        _check_keys(record, where)
-        table.append({half: record.pop(half) for half in HALVES})
-        yield _pair(record.pop("prompt"), record, where, len(table) - 1, table, path.parent)
-
-
-def _saved_pairs(path: Path) -> Iterator[Prompt]:
-    import datasets
-
-    try:
-        table = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"not a folder that datasets.save_to_disk wrote: {error}", where=str(path)) from error
-    if isinstance(table, datasets.DatasetDict):
-        hint = f"Give one of them, for instance {path / next(iter(table), '')}."
-        raise DataError(f"holds several splits: {', '.join(table)}", where=str(path), hint=hint)
-    _check_keys(table.features, str(path))
-    for half in HALVES:
-        if isinstance(table.features[half], datasets.Image):  # as it was stored: `Picture` decodes
-            table = table.cast_column(half, datasets.Image(decode=False))
-    for row, text in enumerate(table.select_columns(["prompt"])):
-        yield _pair(text["prompt"], {}, f"{path} row {row}", row, table, path)
-
-
-def _check_keys(record: Mapping[str, Any], where: str) -> None:
-    for key in ("prompt", *HALVES):
-        if key not in record:
-            close = [one for one in record if nearest(str(one), [key])]
-            instead = f", but {close[0]!r}.{nearest(close[0], [key])}" if close else ""
-            hint = 'A pair is {"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"}.'
-            raise DataError(f"no {key!r} here{instead}", where=where, hint=hint)
-
-
-def _pair(text: Any, more: Mapping[str, Any], where: str, row: int, table: Any, folder: Path) -> Prompt:
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"'prompt' must be a text, not {text!r}", where=where)
-    pictures = {half: Picture(half, where, row, table, folder) for half in HALVES}
-    return Prompt(id=row, text=text, metadata={**more, **pictures})
-
-
-DATA: dict[str, type[WorldPrompts] | type[FilePrompts] | type[PairFile]] = {
+DATA: dict[str, type[Any]] = {
     "world": WorldPrompts,
     "prompts": FilePrompts,
+    "images": ImageFolder,
+    "hub": HubPrompts,
+    "mixture": Mixture,
     "pairs": PairFile,
 }

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from painting import draw_picture, pair_file
 from PIL import Image
 
 from rlkit import recipe
-from rlkit.data import FilePrompts, PairFile, PromptBatch, Prompts, WorldPrompts, read_pairs, read_prompts
+from rlkit.data import (
+    DATA,
+    FilePrompts,
+    HubPrompts,
+    ImageFolder,
+    Mixture,
+    PairFile,
+    Picture,
+    PromptBatch,
+    Prompts,
+    WorldPrompts,
+)
 from rlkit.errors import DataError, RecipeError
+from rlkit.tables import read_prompts
+from rlkit.types import Prompt
 from rlkit.world import grammar
 
 
@@ -31,35 +44,40 @@ def file_prompts(folder: Path, lines: list[str], per_step: int = 2, held_out: li
     return FilePrompts(str(folder / "prompts.txt"), per_step, group=3, held_out_path=kept).open()
 
 
-@pytest.fixture(params=["world", "file", "pairs"])
+@pytest.fixture(params=["world", "file", "sized", "images", "hub", "mixture", "pairs"])
 def prompts(request: pytest.FixtureRequest, tmp_path: Path) -> Prompts:
     """A data set of each sort."""
     if request.param == "world":
         return WorldPrompts(per_step=4, group=3).open()
     if request.param == "pairs":
         return PairFile(str(pair_file(tmp_path, 11)), per_step=4).open()
-    return file_prompts(tmp_path, [f"picture {i}" for i in range(11)], per_step=4)
+    if request.param == "images":
+        for i in range(11):
+            draw_picture(tmp_path / f"{i}.png", i)
+        return ImageFolder(str(tmp_path), per_step=4, group=3, text="repeat this picture").open()
+    if request.param == "hub":
+        table(tmp_path, [f"picture {i}" for i in range(11)])
+        return HubPrompts(str(tmp_path / "saved"), per_step=4, group=3, held_out_share=0.2).open()
+    lines = [f"picture {i}" for i in range(11)]
+    if request.param == "mixture":
+        file_prompts(tmp_path, lines)
+        sources = {"lines": {"name": "prompts", "path": str(tmp_path / "prompts.txt")}, "world": {"name": "world"}}
+        return Mixture(sources, per_step=4, group=3).open()
+    if request.param == "sized":
+        file_prompts(tmp_path, lines)
+        sizes = ((8, 8), (8, 16))
+        return FilePrompts(str(tmp_path / "prompts.txt"), per_step=4, group=3, sizes=sizes).open()
+    return file_prompts(tmp_path, lines, per_step=4)
 
 
-def draw_picture(path: Path, seed: int, size: tuple[int, int] = (6, 4)) -> None:
-    """A picture of its own for each seed; size is (width, height)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+def table(folder: Path, texts: list[str]) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"prompt": texts}).save_to_disk(str(folder / "saved"))
 
 
-def pair_file(folder: Path, count: int = 2, rows: Sequence[object] | None = None) -> Path:
-    """A file of pairs with their pictures, `chosen_0.png` and so on; `rows` are written in the place of its lines."""
-    for i in range(count):
-        draw_picture(folder / f"chosen_{i}.png", 2 * i)
-        draw_picture(folder / f"rejected_{i}.png", 2 * i + 1)
-    lines = [good_row(i) for i in range(count)] if rows is None else rows
-    text = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines)
-    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
-    return folder / "pairs.jsonl"
-
-
-def good_row(i: int, **changes: object) -> dict[str, object]:
-    return {"prompt": f"picture {i}", "chosen": f"chosen_{i}.png", "rejected": f"rejected_{i}.png", **changes}
+def texts_of(path: Path) -> list[Prompt]:
+    return [row.prompt for row in read_prompts(path)]
 
 
 # ---- every data set --------------------------------------------------------------------------------------------------
@@ -80,9 +98,22 @@ def test_sizes(prompts: Prompts) -> None:
     assert (len(batch.prompts), batch.group, len(batch)) == (4, group, 4 * group)
 
 
+def test_everything_is_what_may_be_drawn_and_what_is_held_out(prompts: Prompts) -> None:
+    everything = prompts.everything()
+    drawn = {prompt.text for step in range(12) for prompt in prompts.draw(0, "main", step).prompts}
+    if everything is None:
+        assert any(text.split()[0] != "picture" for text in drawn), "only the world has no end"
+        return
+    held_out = {prompt.text for prompt in prompts.held_out(40)}
+    assert {prompt.text for prompt in everything} == drawn | held_out == set(prompts.texts())
+    assert len(everything) == 11
+    assert not drawn & held_out
+
+
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 1)])
 def test_sizes_below_1_are_refused(sizes: tuple[int, int]) -> None:
-    for make in (WorldPrompts, partial(FilePrompts, "nowhere.txt"), partial(PairFile, "nowhere.jsonl")):
+    named = [partial(DATA[name], "nowhere") for name in ("prompts", "images", "hub", "pairs")]
+    for make in (WorldPrompts, partial(Mixture, {"a": {"name": "world"}}), *named):
         with pytest.raises(ValueError, match=r"(per_step|group) must be 1 .*or more"):
             make(*sizes)
 
@@ -154,7 +185,7 @@ def test_every_prompt_comes_once_an_epoch(tmp_path: Path, size: int, per_step: i
 
 def test_text_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("  a red circle \r\n\r\n\nun café\n".encode())
-    first, second = read_prompts(tmp_path / "a.txt")
+    first, second = texts_of(tmp_path / "a.txt")
     assert (first.text, second.text) == ("a red circle", "un café")
     assert (first.id, second.id) == (0, 1)
 
@@ -162,7 +193,7 @@ def test_text_lines(tmp_path: Path) -> None:
 def test_json_lines(tmp_path: Path) -> None:
     rows = [{"prompt": "a red circle", "target": "OK", "n": 3}, {"text": "two crosses"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_prompts(tmp_path / "a.jsonl")
+    first, second = texts_of(tmp_path / "a.jsonl")
     assert first.text == "a red circle"
     assert first.metadata == {"target": "OK", "n": 3}
     assert (second.text, second.metadata) == ("two crosses", {})
@@ -172,7 +203,7 @@ def test_marks_and_separators_that_editors_and_json_leave(tmp_path: Path) -> Non
     # A byte order mark would hide the brace, and a text may hold what splitlines() takes for the end of a line.
     row = json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(f"\ufeff{row}\n{row}\n", encoding="utf-8")
-    assert [prompt.text for prompt in read_prompts(tmp_path / "a.jsonl")] == ["one\u2028two\x85three"] * 2
+    assert [prompt.text for prompt in texts_of(tmp_path / "a.jsonl")] == ["one\u2028two\x85three"] * 2
 
 
 @pytest.mark.parametrize(
@@ -216,186 +247,6 @@ def test_a_missing_held_out_file_is_found_before_the_first_step(tmp_path: Path) 
         replace(data, held_out_path=str(tmp_path / "none.txt")).open()
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def test_pairs_carry_their_pictures_and_the_other_keys(tmp_path: Path) -> None:
-    (tmp_path / "deeper").mkdir()
-    draw_picture(tmp_path / "deeper" / "a.png", 50)
-    absolute = str(tmp_path / "chosen_1.png")
-    rows = [good_row(0, chosen="deeper/a.png", judge="me", chosen_by=3), good_row(1, chosen=absolute)]
-    first, second = read_pairs(pair_file(tmp_path, rows=rows))
-    assert (first.id, first.text, second.id, second.text) == (0, "picture 0", 1, "picture 1")
-    assert set(first.metadata) == {"chosen", "rejected", "judge", "chosen_by"}
-    for prompt, half, seed in ((first, "chosen", 50), (first, "rejected", 1), (second, "chosen", 2)):
-        pixels = prompt.metadata[half].read()
-        assert (pixels.shape, pixels.dtype) == ((4, 6, 3), np.uint8)
-        assert np.array_equal(pixels, np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8))
-
-
-def test_only_where_a_picture_is_stays_in_memory(tmp_path: Path) -> None:
-    (pair,) = read_pairs(pair_file(tmp_path, 1))
-    before = pair.metadata["chosen"].read()
-    draw_picture(tmp_path / "chosen_0.png", 99)
-    assert not np.array_equal(pair.metadata["chosen"].read(), before)
-    (tmp_path / "chosen_0.png").unlink()
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: the chosen picture .*chosen_0\.png does not exist"):
-        pair.metadata["chosen"].read()
-
-
-def test_a_picture_is_turned_as_the_camera_says_and_made_rgb(tmp_path: Path) -> None:
-    path = pair_file(tmp_path, 1, [good_row(0, chosen="turned.png", rejected="grey.png")])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn clockwise
-    left = np.zeros((4, 6, 3), np.uint8)
-    left[:, :3] = 255
-    Image.fromarray(left).save(tmp_path / "turned.png", exif=exif)
-    Image.new("L", (4, 6), 7).save(tmp_path / "grey.png")
-    (pair,) = read_pairs(path)
-    turned = pair.metadata["chosen"].read()
-    assert turned.shape == (6, 4, 3)
-    assert turned[:3].min() == 255
-    assert turned[3:].max() == 0
-    assert pair.metadata["rejected"].read().tolist() == [[[7] * 3] * 4] * 6
-
-
-@pytest.mark.parametrize(
-    ("rows", "text"),
-    [
-        ([], r"pairs\.jsonl: no pairs in this file.* Write one {"),
-        (["", "  "], "no pairs in this file"),
-        ([good_row(0), "", '{"prompt": "a", }'], r"pairs\.jsonl:3: not a JSON object: "),
-        ([good_row(0), "a red circle"], r"pairs\.jsonl:2: not a JSON object: "),
-        (["[1, 2]"], r"pairs\.jsonl:1: not a JSON object: \[1, 2\]"),
-        (
-            [{"prompt": "a", "choosen": "chosen_0.png", "rejected": "rejected_0.png"}],
-            r"pairs\.jsonl:1: no 'chosen' here, but 'choosen'\. Did you mean 'chosen'\? A pair is {",
-        ),
-        ([good_row(0), {"prompt": "a", "chosen": "chosen_1.png"}], r"pairs\.jsonl:2: no 'rejected' here\. A pair is {"),
-        ([good_row(0, prompt=" ")], r"pairs\.jsonl:1: 'prompt' must be a text, not ' '"),
-        ([good_row(0, chosen=3)], r"pairs\.jsonl:1: 'chosen' must be the path of a picture, not 3"),
-        (
-            [good_row(0), good_row(1, rejected="none.png")],
-            r"pairs\.jsonl:2: the rejected picture .*none\.png does not exist\. Paths begin in ",
-        ),
-        (
-            [good_row(0), good_row(1, rejected="./chosen_1.png")],
-            r"pairs\.jsonl:2: chosen and rejected are the same file, .*chosen_1\.png",
-        ),
-    ],
-)
-@pytest.mark.parametrize("verify", [True, False])
-def test_pairs_that_cannot_be_used_are_named_by_file_and_line(
-    tmp_path: Path, rows: list[object], text: str, verify: bool
-) -> None:
-    path = pair_file(tmp_path, rows=rows)
-    with pytest.raises(DataError, match=text):
-        PairFile(str(path), 1, verify=verify).open()
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ("copy", r"pairs\.jsonl:2: chosen and rejected have the same pixels\. Leave this pair out"),
-        ("size", r"pairs\.jsonl:2: the rejected picture is 8x4, but those from .*pairs\.jsonl:1 on are 6x4\. Give all"),
-        ("cut", r"pairs\.jsonl:2: cannot read the rejected picture .*rejected_1\.png: "),
-        ("text", r"pairs\.jsonl:2: cannot read the rejected picture .*rejected_1\.png: cannot identify"),
-    ],
-)
-def test_what_only_the_pixels_tell_is_found_when_the_data_is_opened(tmp_path: Path, change: str, text: str) -> None:
-    path, place = pair_file(tmp_path), tmp_path / "rejected_1.png"
-    if change == "copy":  # the same pixels in other bytes
-        Image.open(tmp_path / "chosen_1.png").save(place, compress_level=0)
-        assert place.read_bytes() != (tmp_path / "chosen_1.png").read_bytes()
-    elif change == "size":
-        draw_picture(place, 3, size=(8, 4))
-    else:
-        place.write_bytes(place.read_bytes()[:60] if change == "cut" else b"no picture at all")
-    with pytest.raises(DataError, match=text):
-        PairFile(str(path), 1).open()
-    assert len(PairFile(str(path), 1, verify=False).open().draw(0, "main", 0).prompts) == 1
-
-
-def test_a_link_to_the_chosen_picture_is_the_same_file(tmp_path: Path) -> None:
-    path = pair_file(tmp_path, 1)
-    (tmp_path / "rejected_0.png").unlink()
-    (tmp_path / "rejected_0.png").symlink_to(tmp_path / "chosen_0.png")
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: chosen and rejected are the same file"):
-        PairFile(str(path), 1, verify=False).open()
-
-
-def test_files_of_pairs_that_are_missing_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.jsonl: cannot read pairs: No such file"):
-        PairFile(str(tmp_path / "none.jsonl"), 1).open()
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(DataError, match=r"b\.jsonl: not a UTF-8 text file"):
-        PairFile(str(tmp_path / "b.jsonl"), 1).open()
-    with pytest.raises(DataError, match=r"not a folder that datasets\.save_to_disk wrote"):
-        PairFile(str(tmp_path), 1).open()
-
-
-@pytest.mark.parametrize("stored", ["pictures", "paths"])
-def test_pairs_of_a_saved_dataset(tmp_path: Path, stored: str) -> None:
-    import datasets
-
-    folder = tmp_path / "saved"
-    pair_file(tmp_path, 3)
-    columns: dict[str, list[str]] = {"prompt": [f"picture {i}" for i in range(3)]}
-    for half in ("chosen", "rejected"):
-        columns[half] = [str(tmp_path / f"{half}_{i}.png") for i in range(3)]
-    table = datasets.Dataset.from_dict(columns)
-    if stored == "pictures":
-        table = table.cast_column("chosen", datasets.Image()).cast_column("rejected", datasets.Image())
-        table = table.map(lambda row: row)  # the bytes themselves go into the folder
-    table.save_to_disk(str(folder))
-    pairs = read_pairs(folder)
-    assert [(pair.id, pair.text) for pair in pairs] == [(i, f"picture {i}") for i in range(3)]
-    for i, pair in enumerate(pairs):
-        for k, half in enumerate(("chosen", "rejected")):
-            expected = np.random.default_rng(2 * i + k).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-            assert np.array_equal(pair.metadata[half].read(), expected)
-
-    renamed = table.rename_column("rejected", "rejectd")
-    renamed.save_to_disk(str(tmp_path / "renamed"))
-    with pytest.raises(DataError, match=r"renamed: no 'rejected' here, but 'rejectd'\. Did you mean 'rejected'\?"):
-        read_pairs(tmp_path / "renamed")
-    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match=r"splits: holds several splits: train\. Give one of them, .*splits/train"):
-        read_pairs(tmp_path / "splits")
-    twice = datasets.concatenate_datasets([table, table.select([0]).map(lambda row: {"rejected": row["chosen"]})])
-    twice.save_to_disk(str(tmp_path / "twice"))
-    with pytest.raises(DataError, match=r"twice row 3: chosen and rejected "):
-        read_pairs(tmp_path / "twice")
-
-
-def test_held_out_prompts_of_pairs(tmp_path: Path) -> None:
-    path = str(pair_file(tmp_path))
-    (tmp_path / "held_out.txt").write_text("x\ny")
-    assert PairFile(path, 1).open().held_out(3) == ()
-    from_file = PairFile(path, 1, held_out_path=str(tmp_path / "held_out.txt")).open()
-    assert [prompt.text for prompt in from_file.held_out(3)] == ["x", "y", "x"]
-    assert from_file.texts() == ("picture 0", "picture 1", "x", "y")
-    from_world = PairFile(path, 1, held_out_split="validation").open()
-    assert from_world.held_out(40) == WorldPrompts(1, 1, held_out_split="validation").held_out(40)
-    assert PairFile(path, 1, held_out_split="held_out").open().held_out(40) == WorldPrompts(1, 1).held_out(40)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"group": 4}, "group must be 2, not 4: a pair is a group of two pictures"),
-        ({"held_out_path": "a.txt", "held_out_split": "validation"}, "exclude each other"),
-    ],
-)
-def test_pair_options_that_do_not_fit_are_refused_by_check(options: Mapping[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        PairFile("a.jsonl", 1, **options)
-    words = [f"stages.main.data.{key}={value}" for key, value in {"name": "pairs", "path": "a", "per_step": 8}.items()]
-    words += [f"stages.main.data.{key}={value}" for key, value in options.items()]
-    with pytest.raises(RecipeError, match=rf"command line: stages\.main\.data.*{text}"):
-        recipe.read("quickstart", words)
-
-
 # ---- prompts with pictures -------------------------------------------------------------------------------------------
 
 
@@ -428,6 +279,92 @@ def test_a_line_may_name_its_text_its_source_and_its_references(tmp_path: Path) 
         assert [tuple(one.shape) for one in edit.references] == [(3, 2, 2)]
         assert torch.equal(edit.references[0][0] * 255, torch.full((2, 2), 51.0))
     assert (drawn[1].target_text, drawn[1].source, drawn[1].references) == (("A", "B"), None, ())
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (partial(FilePrompts, held_out_path="a", held_out_share=0.1), "held_out_share and held_out_path exclude"),
+        (partial(HubPrompts, held_out_split="test", held_out_share=0.1), "held_out_share and held_out_split exclude"),
+        (partial(HubPrompts, held_out_split="train"), "held_out_split must not be the split to train on, 'train'"),
+        (partial(FilePrompts, columns={"promt": "a"}), "no name 'promt'. Did you mean 'prompt'?"),
+        (partial(HubPrompts, columns={"promt": "a"}), "no name 'promt'. Did you mean 'prompt'?"),
+        (partial(FilePrompts, max_broken=1.0), "max_broken must be 0 or more and below 1, not 1.0"),
+        (partial(PairFile, max_broken=0.1, verify=False), "max_broken needs verify: true here"),
+        (partial(PairFile, max_broken=1.5), "max_broken must be 0 or more and below 1, not 1.5"),
+        (partial(HubPrompts, sizes=((8, 0),)), r"sizes must be \[height, width\]"),
+        (partial(ImageFolder, held_out_salt="a"), "give held_out_share too"),
+    ],
+)
+def test_options_of_lists_that_do_not_fit(make: partial[Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make("a", 1) if make.func is PairFile else make("a", 1, 1)
+
+
+def test_a_recipe_says_sizes_columns_and_shares_and_its_resolved_form_says_the_same_again() -> None:
+    words = "{path: a.jsonl, per_step: 12, group: 16, columns: {prompt: caption, source: null}, held_out_share: 0.05"
+    more = "held_out_salt: b, sizes: [[512, 512], [384, 640]], max_broken: 0.01, verify: true}"
+    for name in ("prompts", "hub"):
+        said = f"stages.main.data={words}, {more[:-1]}, name: {name}}}"
+        setup = recipe.read("quickstart", [said])
+        data, plain = setup.stages[0].data, dict(setup.recipe["stages"]["main"]["data"])
+        assert data.sizes == ((512, 512), (384, 640))
+        assert data.columns == {"prompt": "caption", "source": None}
+        assert plain["sizes"] == [[512, 512], [384, 640]]
+        assert plain.pop("name") == name
+        assert DATA[name](**plain | {"sizes": data.sizes}) == data
+    with pytest.raises(RecipeError, match=r"stages\.main\.data.*sizes\[0\] must be a list of 2|sizes\[0\]"):
+        recipe.read("quickstart", ["stages.main.data={name: prompts, path: a, per_step: 12, group: 16, sizes: [[8]]}"])
+
+
+@pytest.mark.parametrize("word", ["folder", "parquet", "remote"])
+def test_what_a_hugging_face_data_set_gives(tmp_path: Path, word: str) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"caption": ["x"], "edit_of": ["a.png"], "references": [["a.png"]]})
+    columns = {"prompt": "caption", "source": "edit_of"}
+    if word == "folder":
+        rows.save_to_disk(str(tmp_path / "a"))
+    elif word == "parquet":
+        rows.to_parquet(str(tmp_path / "a.parquet"))
+    path = {"folder": str(tmp_path / "a"), "parquet": str(tmp_path / "a.parquet"), "remote": "owner/name"}[word]
+    known = ("prompt", "metadata", "source", "references")
+    unknown = ("prompt", "metadata", "target_text", "source", "references")
+    assert HubPrompts(path, 1, 1, columns=columns).gives == (unknown if word == "remote" else known)
+
+
+def test_opening_a_hugging_face_data_set_reads_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"prompt": ["x"], "source": [{"bytes": b"none", "path": None}]})
+    rows.cast_column("source", datasets.Image()).save_to_disk(str(tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Picture, "source", lambda _: pytest.fail("a picture was read"))
+        data = HubPrompts(str(tmp_path / "a"), 1, 1).open()
+    with pytest.raises(DataError, match="a row 0: cannot read the source picture in this row"):
+        data.draw(0, "main", 0)
+
+
+def test_a_hugging_face_data_set_with_pictures_and_another_split(tmp_path: Path) -> None:
+    import datasets
+
+    for i in range(3):
+        draw_picture(tmp_path / f"{i}.png", i)
+    texts = {"caption": [f"edit {i}" for i in range(3)], "image": [str(tmp_path / f"{i}.png") for i in range(3)]}
+    rows = datasets.Dataset.from_dict(texts).cast_column("image", datasets.Image())
+    splits = {"train": rows.select([0, 1]), "test": rows.select([2])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))  # the pictures themselves go into the folder
+    for i in range(3):
+        (tmp_path / f"{i}.png").unlink()
+    columns = {"prompt": "caption", "source": "image"}
+    data = HubPrompts(str(tmp_path / "saved"), 2, 1, columns=columns, held_out_split="test", verify=True).open()
+    drawn = {prompt.text: prompt.source for prompt in data.draw(0, "main", 0).prompts}
+    (kept,) = data.held_out(1)
+    assert sorted(drawn) == ["edit 0", "edit 1"]
+    for i, source in enumerate((drawn["edit 0"], drawn["edit 1"], kept.source)):
+        assert source is not None
+        expected = np.random.default_rng(i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        assert np.array_equal((source * 255).round().byte().movedim(0, -1).numpy(), expected)
 
 
 def test_what_a_file_gives_is_read_from_its_first_line_and_an_absent_one_denies_nothing(tmp_path: Path) -> None:
