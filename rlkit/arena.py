@@ -390,7 +390,7 @@ def sampled(setup: Setup, policy: Policy, prompts: Sequence[Any], group: int) ->
 
     stage, alone = setup.stages[0], Processes()
     context = Context(0, "arena", 0, stage.rollout.steps, {}, alone.gather)
-    batch = PromptBatch(tuple(prompts), group)
+    batch = PromptBatch(trainer.of_one_size(tuple(prompts)), group)
     samples: Samples = stage.rollout.start(policy, alone).collect(batch, trainer.showing(stage, policy), context)
     return samples
 

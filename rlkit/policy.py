@@ -7,8 +7,10 @@ one mechanism: LoRA starts as the identity, so a copy taken at the start is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlkit.errors import CheckpointError, RecipeError
-from rlkit.shelf import Shelf
-from rlkit.types import Condition, FlowModel, Prompt, seed_of
+from rlkit.resources import Resources, choose_attention, compile_network, model_of_size, without_encoders
+from rlkit.shelf import Conditions, Shelf
+from rlkit.types import FlowModel, Prompt, seed_of
 
 Tensors = dict[str, Tensor]
 ADAPTER = "rlkit"
@@ -36,44 +39,6 @@ class Lora:
     def scale(self) -> float:
         """What the product of the two factors is multiplied by."""
         return (self.alpha or 2 * self.rank) / self.rank
-
-
-class Conditions:
-    """Encoded prompts by their key, encoded once. With a `negative` text each has a twin that says this instead."""
-
-    def __init__(self, model: FlowModel, negative: str | None = None, shelf: Shelf | None = None) -> None:
-        self._model = model
-        self._negative = negative
-        self._shelf = shelf
-        self._known: dict[str, Condition] = {}
-        self._twins: dict[str, str] = {}
-
-    def encode(self, prompts: Iterable[Prompt]) -> None:
-        for prompt in prompts:
-            self._encode(prompt)
-            if self._negative is not None and prompt.key not in self._twins:
-                twin = replace(prompt, text=self._negative)  # the same pictures: only the words are untold
-                self._encode(twin)
-                self._twins[prompt.key] = twin.key
-
-    def _encode(self, prompt: Prompt) -> None:
-        key = prompt.key
-        if key in self._known:
-            return
-        kept = self._shelf.get(key) if self._shelf else None
-        if kept is None:  # one by one: beside others its last bits would depend on what was known
-            (kept,) = self._model.encode([prompt])
-            if self._shelf:
-                self._shelf.put(key, kept)
-        self._known[key] = kept
-
-    def untold(self, keys: Sequence[str]) -> list[str]:
-        """The keys of their twins."""
-        return [self._twins[key] for key in keys]
-
-    def batch(self, keys: Sequence[str]) -> Condition:
-        """{"name": [B, ...]} for B keys, each encoded before."""
-        return self._model.collate([self._known[key] for key in keys])
 
 
 class WeightSet:
@@ -94,17 +59,18 @@ class WeightSet:
             return self._call(x, sigma, cond)
         both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), [*cond, *policy.conditions.untold(cond)])
         told, untold = both.chunk(2)
-        return policy.model.guide(told, untold, policy.guidance)
+        return policy.model_for(x).guide(told, untold, policy.guidance)
 
     def _call(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
         policy = self._policy
-        batch = policy.conditions.batch(cond)
+        model = policy.model_for(x)
+        batch = policy.conditions.batch(cond, model)
         policy.calls += len(x)
         with policy.autocast():
             if self._name == "current":
-                return policy.model.velocity(policy.net, x, sigma, batch).float()
+                return model.velocity(policy.net, x, sigma, batch).float()
             with torch.no_grad():
-                return policy.model.velocity(policy.stand_in(self._name), x, sigma, batch).float()
+                return model.velocity(policy.stand_in(self._name), x, sigma, batch).float()
 
 
 Score = Callable[[Tensor, Sequence[Prompt]], Tensor]
@@ -143,7 +109,7 @@ class Models:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in 0..1, not rounded, so that the gradient flows through."""
-        return self._policy.model.decode(latents)
+        return self._policy.model_for(latents).decode(latents)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """[B] the recipe's weighted rewards of these pictures, with gradient."""
@@ -171,21 +137,33 @@ class Policy:
         negative: str = "",
         checkpointing: bool = False,
         shelf: Shelf | None = None,
+        resources: Resources | None = None,
     ) -> None:
         self.model = model
+        self.resources = resources = resources or Resources()
+        self._sizes: dict[tuple[int, int], FlowModel] = {}
         self.net: nn.Module = model.net
         self.device = device
         self.precision = precision
         self.lora = train
         self.guidance = guidance
         self.calls = 0  # rows that went through the network since they were last taken; guidance doubles them
-        self.conditions = Conditions(model, None if guidance == 1 else negative, shelf)
+        untold = None if guidance == 1 else negative
+        limit = resources.conditions_in_memory
+        if limit is not None and shelf is None:
+            hint = "Set policy.conditions to a folder, from which the others come back."
+            raise RecipeError("needs a shelf.", where="policy.conditions_in_memory", hint=hint)
+        self.conditions = Conditions(self.model_at, untold, shelf, self._encoders_near, limit)
+        if resources.encoders == "offload":
+            self._move_encoders(torch.device("cpu"))
         self.net.eval()  # dropout would make the ratio differ from 1 before any update
         if checkpointing:
             if not getattr(self.net, "_supports_gradient_checkpointing", False):
                 what = f"{type(self.net).__name__} cannot compute its activations again."
                 raise RecipeError(what, where="policy.checkpointing", hint="Leave it out.")
             self.net.enable_gradient_checkpointing()  # type: ignore[operator]
+        if resources.attention is not None:
+            choose_attention(self.net, resources.attention)
         if train is None:
             self.net.requires_grad_(True)
         else:
@@ -200,6 +178,8 @@ class Policy:
         self.copies: dict[str, int] = {}  # sets that equalled the current weights to the bit, and when: see `_moment`
         self.base: Tensors | None = None
         self.models = Models(self)
+        if resources.compile:
+            compile_network(self.net, "inductor" if resources.compile is True else resources.compile)
 
     def _add_lora(self, lora: Lora, seed: int) -> None:
         from peft import LoraConfig
@@ -215,6 +195,50 @@ class Policy:
             torch.manual_seed(seed_of(seed, "lora"))
             self.net.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
 
+    def model_at(self, size: tuple[int, int] | None) -> FlowModel:
+        """The model for pictures of this (height, width); None: of the backbone's own. RecipeError if it draws none."""
+        if size is None:
+            return self.model
+        if size not in self._sizes:
+            self._sizes[size] = model_of_size(self.model, size)
+        return self._sizes[size]
+
+    def model_for(self, latents: Tensor) -> FlowModel:
+        """The model whose latents [B, C, H, W] these are."""
+        shape = tuple(latents.shape[1:])
+        return next((one for one in self._sizes.values() if one.latent_shape == shape), self.model)
+
+    @contextmanager
+    def _encoders_near(self) -> Iterator[None]:
+        """The encoders are on the device, once for all that is encoded meanwhile."""
+        if self.resources.encoders != "offload":
+            yield
+            return
+        self._move_encoders(self.device)
+        try:
+            yield
+        finally:
+            self._move_encoders(torch.device("cpu"))
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for encoder in self.model.encoders:
+            encoder.to(device)
+
+    def free_encoders(self, prompts: Iterable[Prompt], texts: Sequence[str]) -> None:
+        """Encode these prompts, which is all that will ever be asked for, and let the encoders go with their memory.
+
+        texts: those whose unread words somebody may still ask for.
+        """
+        for prompt in prompts:  # one by one: a picture that it holds is then let go too
+            self.model_at(prompt.size)
+            self.conditions.encode([prompt])
+        unread = {text: self.model.unread(text) for text in texts}
+        self.model = without_encoders(self.model, unread)
+        self._sizes = {size: without_encoders(one, unread) for size, one in self._sizes.items()}
+        gc.collect()  # a model's closures know one another
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def take_calls(self) -> int:
         """Rows through the network since this was last asked: what an algorithm costs on any machine."""
         calls, self.calls = self.calls, 0
@@ -226,6 +250,8 @@ class Policy:
     def stand_in(self, name: str) -> Any:
         """The network with a set's tensors in place of its own, for the length of a call."""
         tensors = self.sets[name]
+        if self.resources.sets == "cpu":
+            tensors = {key: value.to(self.device, non_blocking=True) for key, value in tensors.items()}
         return lambda *args, **kwargs: functional_call(self.net, tensors, args, kwargs)
 
     def snapshot(self) -> Tensors:
@@ -234,12 +260,21 @@ class Policy:
 
     def keep(self, name: str, tensors: Tensors | None = None) -> None:
         """Make a set: a copy of the current weights, or the tensors given."""
-        self.sets[name] = self.snapshot() if tensors is None else tensors
+        self.sets[name] = self._stored(self.snapshot() if tensors is None else tensors)
         self._note_copy(name, tensors is None)
+
+    def _stored(self, tensors: Tensors) -> Tensors:
+        """A set where sets live: itself if it is there, since what has two names stays one."""
+        if self.resources.sets == "device" or all(value.device.type == "cpu" for value in tensors.values()):
+            return tensors
+        # Memory that is pinned can be copied to an accelerator while the processor goes on.
+        pinned = self.device.type == "cuda"
+        kept = {name: torch.empty_like(value, device="cpu", pin_memory=pinned) for name, value in tensors.items()}
+        return {name: one.copy_(tensors[name]) for name, one in kept.items()}
 
     def keep_base(self) -> None:
         """Remember the weights as the backbone gave them, before any training."""
-        self.base = self.snapshot()
+        self.base = self._stored(self.snapshot())
 
     def drop(self, name: str) -> None:
         self.sets.pop(name, None)
@@ -267,7 +302,13 @@ class Policy:
     def blend(self, name: str, decay: float) -> None:
         """set <- decay * set + (1 - decay) * current, in place."""
         kept = self.sets[name]
-        torch._foreach_lerp_([kept[key] for key in self.trainable], list(self.trainable.values()), 1 - decay)
+        if self.resources.sets == "device":
+            torch._foreach_lerp_([kept[key] for key in self.trainable], list(self.trainable.values()), 1 - decay)
+        else:  # one by one, and on the device: its rounding is not the processor's
+            for key, parameter in self.trainable.items():
+                there = kept[key].to(parameter.device)
+                torch._foreach_lerp_([there], [parameter], 1 - decay)
+                kept[key].copy_(there)
         self._note_copy(name, decay == 0)
 
     def state(self) -> Tensors:
@@ -291,8 +332,9 @@ class Policy:
             parameter.copy_(saved)
         names = {key.split("/", 1)[0] for key in tensors} - {"current"}
         for name in sorted(names):
-            self.sets[name] = {key: tensors[f"{name}/{key}"].to(self.device).clone() for key in self.trainable}
-            equal = all(torch.equal(self.sets[name][key], value) for key, value in self.trainable.items())
+            loaded = {key: tensors[f"{name}/{key}"].to(self.device).clone() for key in self.trainable}
+            equal = all(torch.equal(loaded[key], value) for key, value in self.trainable.items())
+            self.sets[name] = self._stored(loaded)
             self._note_copy(name, equal)
 
     def export(self, folder: Path, weights: str = "current") -> str:

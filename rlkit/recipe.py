@@ -78,9 +78,11 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
 
 
 def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
+    from rlkit.resources import Resources
     from rlkit.trainer import PolicyOptions
 
-    known(node, ("backbone", "train", "guidance", "negative", "checkpointing", "conditions"), "policy")
+    means = [one.name for one in dataclasses.fields(Resources)]
+    known(node, ("backbone", "train", "guidance", "negative", "checkpointing", "conditions", *means), "policy")
     backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
     lora, train = _train(_mapping(node.get("train"), "policy.train"))
     guidance = 1.0 if node.get("guidance") is None else node["guidance"]
@@ -99,9 +101,14 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     conditions = node.get("conditions")
     if conditions is not None and not isinstance(conditions, str):
         raise RecipeError(f"must be a folder, not {conditions!r}.", where="policy.conditions")
-    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing, conditions)
+    given = {name: node[name] for name in means if node.get(name) is not None}
+    resources: Resources = registry.construct(Resources, given, "policy", what="policy")
+    if resources.conditions_in_memory is not None and conditions is None:
+        hint = "Set policy.conditions to a folder, from which the others come back."
+        raise RecipeError("needs a shelf.", where="policy.conditions_in_memory", hint=hint)
+    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing, conditions, resources)
     said = {"guidance": options.guidance, "negative": negative, "checkpointing": checkpointing}
-    return options, {"backbone": plain, "train": train, **said, "conditions": conditions}
+    return options, {"backbone": plain, "train": train, **said, "conditions": conditions, **_plain(resources)}
 
 
 def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
@@ -274,12 +281,21 @@ def check(setup: Setup) -> None:
     """Refuse what cannot work together, before anything is loaded."""
     for stage in setup.stages:
         where = f"stages.{stage.name}"
+        _check_encoders(setup.policy.resources.encoders, stage)
         needs: Needs = stage.algorithm.needs()
         _check_kinds(setup.policy.backbone, stage, needs, where)
         _check_gives(stage, needs, where)
         _check_total(stage, where)
         _check_sizes(stage, needs, where)
         _check_ending(stage, where, setup.recipe["stages"][stage.name]["expect"])
+
+
+def _check_encoders(encoders: str, stage: Stage) -> None:
+    from rlkit.data import WorldPrompts
+
+    if encoders == "free" and isinstance(stage.data, WorldPrompts):
+        what = f"the world's prompts (stage {stage.name!r}) have no end: they cannot all be encoded before encoders go."
+        raise RecipeError(what, where="policy.encoders", hint="Use `offload`, or `keep`.")
 
 
 def _check_kinds(backbone: Any, stage: Stage, needs: Needs, where: str) -> None:

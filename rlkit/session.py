@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +32,11 @@ from rlkit.record import describe_held_out
 from rlkit.scoring import Scoring
 from rlkit.shelf import Shelf
 from rlkit.tracking import Tracker
-from rlkit.trainer import Run, Setup, Stop, showing, train
+from rlkit.trainer import Run, Setup, Stop, of_one_size, showing, to_encode, train
 from rlkit.types import Context, Prompt
+
+# Of the policy's keys, those that change no bit of its numbers.
+HARMLESS = [f"policy.{key}" for key in ("conditions", "conditions_in_memory", "encoders", "sets")]
 
 
 def run(
@@ -62,6 +66,9 @@ def run(
 
     try:
         policy = load_policy(setup, processes)
+        if setup.policy.resources.encoders == "free":
+            texts = [text for stage in setup.stages for text in stage.data.open().texts()]
+            policy.free_encoders(chain.from_iterable([to_encode(stage) for stage in setup.stages]), texts)
         names = [stage.name for stage in setup.stages]
         first, at = (names.index(saved.numbers["stage"]), saved.at) if saved else (0, 0)
         begun = first + 1 if saved and saved.numbers["done"] else first
@@ -121,6 +128,7 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
         setup.policy.negative,
         setup.policy.checkpointing,
         shelf,
+        setup.policy.resources,
     )
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
@@ -145,7 +153,7 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
 def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, float]:
     """The last stage's held-out scores of the backbone, or of a run folder's newest checkpoint."""
     policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
-    prompts = stage.data.open().held_out(count)
+    prompts = of_one_size(stage.data.open().held_out(count))
     if not prompts:
         raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")
     context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
@@ -173,7 +181,7 @@ def same_recipe(setup: Setup, saved: checkpoint.Checkpoint) -> None:
 
 
 def _harmless(key: str) -> bool:
-    if key == "policy.conditions":
+    if key in HARMLESS:
         return True
     parts = key.split(".")
     if parts[0] == "run":

@@ -1,9 +1,10 @@
-"""Conditions on disk: encoded prompts that runs and processes share, so that a large text encoder reads each text once.
+"""Conditions: encoded prompts in memory, and on a shelf on disk that runs and processes share.
 
-One safetensors file a prompt, named by the SHA-256 of all that it depends on: the backbone with its options, the state
-of the folders that these name, the versions of the libraries that encode, and the prompt's own key. A file is written
-under another name and renamed, so that it is there whole or not at all; two processes that write the same one write the
-same bytes. What cannot be read is encoded again.
+A large text encoder then reads each text once. On the shelf there is one safetensors file a prompt, named by the
+SHA-256 of all that it depends on: the backbone with its options, the state of the folders that these name, the versions
+of the libraries that encode, and the prompt's own key. A file is written under another name and renamed, so that it is
+there whole or not at all; two processes that write the same one write the same bytes. What cannot be read is encoded
+again.
 """
 
 from __future__ import annotations
@@ -13,17 +14,97 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlkit.types import Condition
+from rlkit.errors import DataError
+from rlkit.types import Condition, FlowModel, Prompt
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("rlkit-visual", "torch", "transformers", "diffusers")
+
+
+class Conditions:
+    """Encoded prompts by their key, encoded once. With a `negative` text each has a twin that says this instead.
+
+    model_at: what encodes prompts of a size. near: entered while something is encoded. limit: how many stay in memory,
+    those that were used last; the others come back from the shelf.
+    """
+
+    def __init__(
+        self,
+        model_at: Callable[[tuple[int, int] | None], FlowModel],
+        negative: str | None = None,
+        shelf: Shelf | None = None,
+        near: Callable[[], AbstractContextManager[None]] = nullcontext,
+        limit: int | None = None,
+    ) -> None:
+        self._model_at, self._near = model_at, near
+        self._negative = negative
+        self._shelf = shelf
+        self._limit = limit
+        self._known: dict[str, Condition] = {}  # the one used last is the last one
+        self._encoded: set[str] = set()  # also what is on the shelf alone
+        self._twins: dict[str, str] = {}
+
+    def encode(self, prompts: Iterable[Prompt]) -> None:
+        new: dict[str, Prompt] = {}
+        for prompt in prompts:
+            twin = self._twins.get(prompt.key, "")
+            if prompt.key in self._encoded and (self._negative is None or twin in self._encoded):
+                continue
+            told = [prompt]
+            if self._negative is not None:
+                told.append(replace(prompt, text=self._negative))  # the same pictures: only the words are untold
+                self._twins[prompt.key] = told[1].key
+            new |= {one.key: one for one in told if one.key not in self._encoded and not self._read(one.key)}
+        if new:
+            with self._near():
+                for key, prompt in new.items():  # one by one: beside others its last bits would depend on them
+                    (condition,) = self._model_at(prompt.size).encode([prompt])
+                    if self._shelf:
+                        self._shelf.put(key, condition)
+                    self._remember(key, condition)
+
+    def untold(self, keys: Sequence[str]) -> list[str]:
+        """The keys of their twins."""
+        return [self._twins[key] for key in keys]
+
+    def batch(self, keys: Sequence[str], model: FlowModel | None = None) -> Condition:
+        """{"name": [B, ...]} for B keys, each encoded before, as a model of their size collates them."""
+        return (model or self._model_at(None)).collate([self._get(key) for key in keys])
+
+    def _get(self, key: str) -> Condition:
+        if key not in self._known:
+            if key not in self._encoded:
+                raise KeyError(key)
+            if not self._read(key):
+                what = f"the encoded prompt {key.splitlines()[0]!r} has vanished from the folder of conditions"
+                hint = "Keep the folder while a run uses it, or leave out policy.conditions_in_memory."
+                raise DataError(what, where="policy.conditions", hint=hint)
+        condition = self._known[key]
+        self._remember(key, condition)
+        return condition
+
+    def _read(self, key: str) -> bool:
+        """Whether the shelf has it; it is then in memory."""
+        condition = self._shelf.get(key) if self._shelf else None
+        if condition is not None:
+            self._remember(key, condition)
+        return condition is not None
+
+    def _remember(self, key: str, condition: Condition) -> None:
+        self._known.pop(key, None)
+        self._known[key] = condition
+        self._encoded.add(key)
+        while self._limit is not None and len(self._known) > self._limit:
+            del self._known[next(iter(self._known))]
 
 
 class Shelf:

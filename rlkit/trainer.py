@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,13 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
 from rlkit.dist import Processes
-from rlkit.errors import DistributedError, LossError, RlkitError
+from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.monitors import Monitors, Raised, Watch
 from rlkit.policy import Lora, Models, Policy
 from rlkit.reading import Reading
 from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
+from rlkit.resources import Resources
 from rlkit.sanity import judged, refused
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.sync import SharedMemory
@@ -102,6 +104,7 @@ class PolicyOptions:
     negative: str = ""  # what guidance leads away from
     checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     conditions: str | None = None  # a folder of encoded prompts, which runs may share; None: only in memory
+    resources: Resources = field(default_factory=Resources)  # its keys stand beside the others, under `policy`
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,7 @@ class Run:
         """
         sizes = self.stage.evaluate
         count = sizes.ends or sizes.held_out if end else sizes.held_out
-        prompts = self.prompts.held_out(count)
+        prompts = of_one_size(self.prompts.held_out(count))
         if not prompts:
             return False
         started = time.monotonic()
@@ -492,6 +495,7 @@ def train(run: Run) -> None:
             scores = run.scoring(samples, run.processes.gather)
         with run.timed("train"):
             rows = run.algorithm.rows(samples, scores, context)
+            rows = run.algorithm.before(run.models, rows, run.stage.learner.micro_batch or run.stage.learner.batch)
             for epoch in range(run.stage.learner.epochs):
                 for batch in rows.batches(run.stage.learner.batch, context, epoch):
                     with run.saving_what_fails(batch, step):
@@ -499,6 +503,29 @@ def train(run: Run) -> None:
             run.algorithm.after(run.policy, context)
             run.sync.push(run.rollout, version=step + 1)
         run.report(step, samples, scores)
+
+
+def of_one_size(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    """Prompts as an evaluation draws them. Where they ask for several sizes, all are drawn at the backbone's own: its
+    pictures are one tensor, and rewards of pictures of several sizes make no fair mean."""
+    if len({prompt.size for prompt in prompts}) < 2:
+        return prompts
+    return tuple(replace(prompt, size=None) for prompt in prompts)
+
+
+def to_encode(stage: Stage) -> Iterator[Prompt]:
+    """All that a stage will ever ask its policy to encode; pictures are read as their prompts are reached.
+
+    RecipeError, at once, for data that has no end.
+    """
+    data = stage.data.open()
+    every = data.everything()
+    if every is None:
+        what = f"the data of stage {stage.name!r} has no end, so it cannot all be encoded before the encoders go."
+        raise RecipeError(what, where="policy.encoders", hint="Use `offload`, or `keep`.")
+    counts = {stage.evaluate.held_out, stage.evaluate.ends or stage.evaluate.held_out}
+    held_out = (prompt for count in sorted(counts) for prompt in of_one_size(data.held_out(count)))
+    return chain(every, held_out)
 
 
 def showing(stage: Stage, policy: Policy) -> Plan:

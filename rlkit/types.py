@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path as Path_
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -33,18 +34,20 @@ class Prompt:
     target_text: tuple[str, ...] = ()  # what should be legible in the picture
     source: Tensor | None = field(default=None, compare=False, repr=False)  # [3, H, W] in 0..1, to edit or to repeat
     references: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # [3, H, W] each
+    size: tuple[int, int] | None = None  # height and width of the picture wanted; None: as the backbone says
 
     @cached_property
     def key(self) -> str:
         """What a policy's condition is kept under: all that a network is told by this prompt."""
         pictures = (*([] if self.source is None else [self.source]), *self.references)
+        sized = "" if self.size is None else f"\n{self.size[0]}x{self.size[1]}"
         if not pictures:
-            return self.text
+            return self.text + sized
         digest = hashlib.sha256(b"source" if self.source is not None else b"")
         for one in pictures:
             digest.update(repr(tuple(one.shape)).encode())
             digest.update((one.detach().cpu() * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
-        return f"{self.text}\n{digest.hexdigest()}"
+        return f"{self.text}\n{digest.hexdigest()}{sized}"
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,50 @@ class Path:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of an answer, all sampled by one version of the weights."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The sequences of N samples, prompt and answer, as the policy that sampled saw them: never tokenised again.
+
+    An answer may hold tokens that others wrote (what a tool said): they are part of the sequence, and not decided.
+    """
+
+    ids: Tensor  # [N, L] int64, padded at the end
+    length: Tensor  # [N] int64, without the padding
+    prompt: Tensor  # [N] int64, how many of them are the prompt
+    decided: Tensor  # [N, L] bool: tokens that the policy chose
+    log_prob: Tensor  # [N, L] fp32 of each decided token under the weights that sampled it; 0 elsewhere
+    finished: Tensor  # [N] bool: ended by a token for the end; false: cut off by a limit
+    temperature: float  # of the distribution sampled from: softmax(logits / temperature)
+    spans: tuple[tuple[Span, ...], ...] = ()  # [N] the versions that sampled each answer; (): the samples' one version
+
+    def select(self, positions: Tensor) -> Tokens:
+        chosen = positions.tolist()
+        return Tokens(
+            self.ids[positions],
+            self.length[positions],
+            self.prompt[positions],
+            self.decided[positions],
+            self.log_prob[positions],
+            self.finished[positions],
+            self.temperature,
+            tuple(self.spans[i] for i in chosen) if self.spans else (),
+        )
+
+
+@dataclass(frozen=True)
 class Samples:
-    """What a rollout returns: this process's share of the step's N_total samples, in ascending `index`."""
+    """What a rollout returns: this process's share of the step's N_total samples, in ascending `index`.
+
+    Of a token policy: `tokens` and `texts`; it draws nothing, so that media and latents are [N, 0, 0, 0].
+    """
 
     media: Tensor  # [N, C, H, W] in 0..1, rounded to 1/255
     latents: Tensor  # [N, C, H, W] fp32, clean
@@ -133,6 +178,8 @@ class Samples:
     preference: Tensor | None = None  # [N] bool, true for the preferred half of each pair of a data set
     previews: Samples | None = None  # [M] completions of recorded states; what members share is there once
     preview_of: Tensor | None = None  # [N, K] int64, the preview that completes this decision's state; -1: none
+    tokens: Tokens | None = None
+    texts: tuple[str, ...] = ()  # [N] the answers of a token policy
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -148,6 +195,8 @@ class Samples:
             index=self.index[positions],
             sample_id=self.sample_id[positions],
             preference=None if self.preference is None else self.preference[positions],
+            tokens=None if self.tokens is None else self.tokens.select(positions),
+            texts=tuple(self.texts[i] for i in positions.tolist()) if self.texts else (),
             path=None,
             previews=None,
             preview_of=None,
@@ -328,6 +377,16 @@ class Loss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [B]
 
 
+class TokenPolicy(Protocol):
+    """One set of a token policy's weights, as a callable."""
+
+    def log_probs(self, ids: Tensor, length: Tensor, cond: Sequence[str], temperature: float = 1.0) -> Tensor:
+        """[B, L] fp32: log p of each token given those before it, 0 at the first and in the padding.
+
+        ids [B, L] int64, padded at the end; length [B]; cond: B keys, for the pictures of the prompts.
+        """
+
+
 class VelocityModel(Protocol):
     """One set of a flow policy's weights, as a callable."""
 
@@ -422,10 +481,32 @@ class FlowModel:
     collate: Callable[[Sequence[Condition]], Condition] = stacked  # conditions of one batch, padded where they differ
     guide: Callable[[Tensor, Tensor, float], Tensor] = classifier_free  # (v told, v untold, guidance) -> v
     tasks: tuple[str, ...] = ("t2i",)  # of "t2i", "edit" (a source) and "in_context" (references)
+    # Frozen modules that `encode` alone calls: a policy may move them away between calls, or let them go.
+    encoders: tuple[nn.Module, ...] = ()
+    # (height, width) -> the same modules for pictures of this size: latents, schedule, encoding. None: one size only.
+    at: Callable[[tuple[int, int]], FlowModel] | None = None
     start: float = 1.0  # how large the initial noise is: its sigma, where the noisiest level is below 1
     # What diffusers' own pipeline draws with these very modules: (prompts, noise [N, C, H, W], steps, guidance,
     # negative) -> media [N, 3, H, W] in 0..1. The oracle of parity; None: there is no such pipeline.
     pipeline: Callable[[Sequence[Prompt], Tensor, int, float, str], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class TokenModel:
+    """What a token backbone's `load()` gives: a network that continues texts, with or without pictures in them."""
+
+    net: nn.Module
+    # (net, ids [B, L], there [B, L] bool, batched condition) -> logits [B, L, V]; those at i are for token i + 1.
+    logits: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+    encode: Callable[[Sequence[Prompt]], list[Condition]]  # "ids" [P]: all that stands before the answer; pictures
+    decode: Callable[[Sequence[Sequence[int]]], list[str]]  # answers as texts, without the tokens that end them
+    ends: tuple[int, ...]  # tokens that end an answer
+    longest: int  # tokens of a prompt and its answer
+    lora_targets: tuple[str, ...]
+    collate: Callable[[Sequence[Condition]], Condition]  # conditions of one batch; what `logits` is given
+    write: Callable[[Path_], None]  # all but the weights (configuration, tokenizer, processor), for others to load
+    unread: Callable[[str], list[str]] = lambda text: []
+    tasks: tuple[str, ...] = ("text",)  # of "text" and "caption" (a picture in the prompt)
 
 
 @runtime_checkable
@@ -462,7 +543,7 @@ class Reward(Protocol):
 
 
 class Algorithm(Protocol):
-    """A frozen dataclass of options with these six functions. Subclass it for the defaults of start, plan and after."""
+    """A frozen dataclass of options with these functions. Subclass it for the defaults of start, plan, before and after."""
 
     def needs(self) -> Needs:
         """What these options ask for; read before anything is loaded."""
@@ -479,6 +560,11 @@ class Algorithm(Protocol):
     def rows(self, samples: Samples, scores: Scores, context: Context) -> Rows:
         """This process's samples as training rows. Advantages are born here, over all processes."""
         ...
+
+    def before(self, models: Models, rows: Any, size: int) -> Any:
+        """Once a step, before its first update: what only the weights that sampled can say of the rows. `size` of them
+        fit one forward pass."""
+        return rows
 
     def loss(self, models: Models, rows: Any) -> Loss:
         """Per-row values; no means."""
@@ -507,7 +593,11 @@ __all__ = [
     "Rows",
     "Samples",
     "Scores",
+    "Span",
     "State",
+    "TokenModel",
+    "TokenPolicy",
+    "Tokens",
     "Tools",
     "Unscored",
     "Values",

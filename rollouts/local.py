@@ -13,7 +13,7 @@ from rlkit import flow
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
-from rlkit.types import Context, Path, Plan, Samples, VelocityModel, generator
+from rlkit.types import Context, FlowModel, Path, Plan, Samples, VelocityModel, generator
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class LocalRollout:
     def collect(self, prompts: PromptBatch, plan: Plan, context: Context) -> Samples:
         """This process's share of the step's samples."""
         policy = self.policy
+        sizes = sorted({one.size or (0, 0) for one in prompts.prompts})
+        if len(sizes) > 1:
+            listed = ", ".join(f"{height} x {width}" if height else "the backbone's own" for height, width in sizes)
+            raise ValueError(f"prompts of several sizes cannot be drawn together: {listed}")
+        flow_model = policy.model_at(prompts.prompts[0].size)
         share = self.processes.share(len(prompts))
         index = torch.arange(share.start, share.stop)
         # With fewer samples than processes, one without a share draws the first and keeps none of it: its columns are
@@ -66,12 +71,12 @@ class LocalRollout:
         drawn = index if share else torch.zeros(1, dtype=torch.int64)
         policy.conditions.encode(prompts.prompts[i // prompts.group] for i in drawn.tolist())
         model = policy.models[plan.policy_set]
-        sigmas = policy.model.sigmas(plan.steps or self.options.steps)
+        sigmas = flow_model.sigmas(plan.steps or self.options.steps)
         limit = self.options.batch
         parts, media = [], []
         for part in drawn.split(limit or len(drawn)):
             keys = [prompts.prompts[i // prompts.group].key for i in part.tolist()]
-            done = _Sampling(model, policy, sigmas, plan, context, part, prompts.group, keys, limit).run()
+            done = _Sampling(model, flow_model, sigmas, plan, context, part, prompts.group, keys, limit).run()
             parts.append(done)
             media.append(self._pictures(done.latents))
             if context.sampled and len(part) < len(index):
@@ -101,7 +106,7 @@ class LocalRollout:
         )
 
     def _pictures(self, latents: Tensor) -> Tensor:
-        media = self.policy.model.decode(latents).float().cpu()
+        media = self.policy.model_for(latents).decode(latents).float().cpu()
         return (media.clamp(0, 1) * 255).round() / 255  # what a saved file would hold, in training as in evaluation
 
     def _with_previews(self, samples: Samples, parts: list[_Sampled]) -> Samples:
@@ -137,7 +142,7 @@ class _Sampling:
     def __init__(
         self,
         model: VelocityModel,
-        policy: Policy,
+        drawn: FlowModel,
         sigmas: Tensor,
         plan: Plan,
         context: Context,
@@ -146,7 +151,8 @@ class _Sampling:
         keys: Sequence[str],
         limit: int | None,
     ) -> None:
-        self.model, self.policy, self.plan, self.context = model, policy, plan, context
+        self.model, self.drawn, self.plan, self.context = model, drawn, plan, context
+        self.device = next(drawn.net.parameters()).device
         self.index, self.keys, self.limit = index, keys, limit
         steps = len(sigmas) - 1
         stochastic = plan.dynamics != "ode"
@@ -173,11 +179,11 @@ class _Sampling:
     def noise(self, purpose: str, ids: Tensor) -> Tensor:
         # [len(ids), C, H, W]: a generator of its own for each id, so that no draw depends on how samples were split.
         key = (self.context.seed, self.context.stage, self.context.step, purpose)
-        draws = [torch.randn(*self.policy.model.latent_shape, generator=generator(*key, i)) for i in ids.tolist()]
-        return torch.stack(draws).to(self.policy.device)
+        draws = [torch.randn(*self.drawn.latent_shape, generator=generator(*key, i)) for i in ids.tolist()]
+        return torch.stack(draws).to(self.device)
 
     def beginning(self, purpose: str, ids: Tensor) -> Tensor:
-        return self.noise(purpose, ids) * self.policy.model.start
+        return self.noise(purpose, ids) * self.drawn.start
 
     def run(self) -> _Sampled:
         for step in range(len(self.sigmas) - 1):

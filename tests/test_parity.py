@@ -97,3 +97,29 @@ def test_the_command(small_backbone: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(parity, "checks", lambda *given: [parity.Check("one", "off by 3", False)])
     assert parity.run(parser.parse_args(["tiny", f"path={small_backbone}", "--device", "cpu"])) == 1
     assert "off by 3" in capsys.readouterr().out
+
+
+def test_with_bf16_the_network_computes_as_in_training(
+    small_backbone: Path, tiny_model: FlowModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    parity.arguments(parser)
+    assert (
+        parity.run(parser.parse_args(["tiny", f"path={small_backbone}", "--device", "cpu", "--precision", "bf16"])) == 0
+    )
+    assert "guidance 4   is off from 1 by 0.0e+00" in capsys.readouterr().out, "the same rows have the same ratio"
+    right = replace(tiny_model, pipeline=oracle(tiny_model))
+    prompts = parity.example_prompts(right)
+    low, exact = (parity.pixels_apart(right, prompts, CPU, 3, 4.0, one) for one in ("bf16", "fp32"))
+    assert exact < low < parity.TOLERANCES["bf16"]
+    assert "forward" not in vars(tiny_model.net), "the network is left as it was"
+    seen: list[torch.dtype] = []
+
+    def pipeline(*given):
+        hook = tiny_model.net.proj_out.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+        pictures = oracle(tiny_model)(*given)
+        hook.remove()
+        return pictures
+
+    parity.pixels_apart(replace(tiny_model, pipeline=pipeline), prompts, CPU, 3, 1.0, "bf16")
+    assert set(seen) == {torch.bfloat16}, "in the pipeline too"

@@ -14,7 +14,8 @@ from rlkit import recipe, session
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, RecipeError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Conditions, Lora, Policy, WeightSet, ema_decay
+from rlkit.policy import Lora, Policy, WeightSet, ema_decay
+from rlkit.shelf import Conditions
 from rlkit.types import Condition, FlowModel, Loss, Models, Prompt, Rows, generator
 
 CPU = torch.device("cpu")
@@ -316,7 +317,7 @@ def test_each_text_is_encoded_once(tiny_model: FlowModel) -> None:
         asked.extend(prompt.text for prompt in prompts)
         return tiny_model.encode(prompts)
 
-    conditions = Conditions(replace(tiny_model, encode=encode))
+    conditions = Conditions(lambda size: replace(tiny_model, encode=encode))
     conditions.encode(told(["a red circle", "a red circle", "two blue crosses"]))
     conditions.encode(iter(told(["two blue crosses", "a red circle", "a red square"])))
     conditions.encode([])
@@ -330,10 +331,10 @@ def test_each_text_is_encoded_once(tiny_model: FlowModel) -> None:
 
 def test_a_text_is_encoded_alike_whatever_it_is_encoded_with(tiny_model: FlowModel) -> None:
     # The padding must not depend on the longest text of a batch: rollout and training see different batches.
-    together = Conditions(tiny_model)
+    together = Conditions(lambda size: tiny_model)
     together.encode(told(TEXTS))
     for text in TEXTS:
-        alone = Conditions(tiny_model)
+        alone = Conditions(lambda size: tiny_model)
         alone.encode(told([text]))
         one, other = alone.batch([text]), together.batch([text])
         assert {name: column.shape for name, column in one.items()} == {n: c.shape for n, c in other.items()}
@@ -375,7 +376,7 @@ def test_the_key_of_a_prompt_holds_its_pictures() -> None:
 
 def test_the_twin_of_an_edit_keeps_its_source(toy_policy: Policy) -> None:
     """True classifier-free guidance of an edit is against other words, not against no picture."""
-    conditions = Conditions(toy_policy.model, negative="blurred")
+    conditions = Conditions(toy_policy.model_at, negative="blurred")
     source = torch.zeros(3, 4, 4)
     edit, plain = Prompt(0, "make it red", source=source), Prompt(1, "red")
     conditions.encode([edit, plain])

@@ -480,3 +480,38 @@ def test_rows_are_counted_where_the_path_is_recorded():
 def test_errors_keep_their_class():
     with pytest.raises(PluginError):
         recipe.read("quickstart", ["policy.backbone.name=tinny"])
+
+
+# -------------------------------------------------------------------------------------- what a policy runs with
+
+
+def test_a_policy_says_how_it_uses_its_machine():
+    words = ["policy.encoders=offload", "policy.sets=cpu", "policy.attention=native", "policy.compile=aot_eager"]
+    setup = recipe.read("quickstart", [*words, "policy.conditions=kept", "policy.conditions_in_memory=9"])
+    assert dataclasses.asdict(setup.policy.resources) == {
+        "encoders": "offload",
+        "conditions_in_memory": 9,
+        "sets": "cpu",
+        "attention": "native",
+        "compile": "aot_eager",
+    }
+    assert recipe.resolve(setup.recipe) == setup
+    assert recipe.read("quickstart").recipe["policy"]["encoders"] == "keep", "defaults are written down"
+    assert recipe.read("quickstart", ["policy.compile=true"]).policy.resources.compile is True
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("policy.encoders=of", r"policy.encoders: must be one of 'keep', 'offload', 'free', not 'of'"),
+        ("policy.sets=gpu", r"policy.sets: must be one of 'device', 'cpu', not 'gpu'"),
+        ("policy.conditions_in_memory=0", r"policy: .*conditions_in_memory must be 1 or more, not 0"),
+        ("policy.conditions_in_memory=5", r"conditions_in_memory: needs a shelf. Set policy.conditions to a folder"),
+        ("policy.compile=3", r"policy.compile: must be"),
+        ("policy.encoder=free", r"policy.encoder: .*'encoders'"),
+        ("policy.encoders=free", r"policy.encoders: the world's prompts \(stage 'main'\) have no end.* Use `offload`"),
+    ],
+)
+def test_what_it_may_not_say(word, text):
+    found = refusal("quickstart", word)
+    assert re.search(text, found), found

@@ -9,8 +9,9 @@ import torch
 from making import told
 
 from rlkit import recipe, session
-from rlkit.policy import Conditions, Policy
-from rlkit.shelf import Shelf
+from rlkit.errors import DataError
+from rlkit.policy import Policy
+from rlkit.shelf import Conditions, Shelf
 from rlkit.types import Condition, Prompt
 
 CPU = torch.device("cpu")
@@ -21,12 +22,12 @@ def shelf(folder: Path, backbone: dict[str, object] | None = None, dtype: torch.
     return Shelf(folder, backbone or HERE, dtype, CPU)
 
 
-def conditions(policy: Policy, asked: list[str], shelf: Shelf) -> Conditions:
+def conditions(policy: Policy, asked: list[str], shelf: Shelf, limit: int | None = None) -> Conditions:
     def encode(prompts: Sequence[Prompt]) -> list[Condition]:
         asked.extend(prompt.text for prompt in prompts)
         return policy.model.encode(prompts)
 
-    return Conditions(replace(policy.model, encode=encode), shelf=shelf)
+    return Conditions(lambda size: replace(policy.model, encode=encode), shelf=shelf, limit=limit)
 
 
 def test_a_second_run_encodes_nothing_and_has_the_same_bits(toy_policy: Policy, tmp_path: Path) -> None:
@@ -82,3 +83,46 @@ def test_a_recipe_names_the_folder(kept: bool, small_backbone: Path, tmp_path: P
     policy = session.load_policy(recipe.read("quickstart", words))
     policy.conditions.encode(told(["a red circle"]))
     assert len(list(tmp_path.rglob("*.safetensors"))) == kept
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_so_many_stay_in_memory_and_the_others_come_back_to_the_bit(toy_policy: Policy, tmp_path: Path) -> None:
+    asked: list[str] = []
+    kept, read = shelf(tmp_path), []
+    get = kept.get
+    kept.get = lambda key: read.append(key) or get(key)  # type: ignore[method-assign]
+    few = conditions(toy_policy, asked, kept, limit=2)
+    few.encode(told("abcd"))
+    assert list(few._known) == ["c", "d"]
+    read.clear()
+    expected = conditions(toy_policy, [], shelf(tmp_path / "other"))
+    expected.encode(told("abcd"))
+    for keys in ("cd", "ab", "abcdab"):  # more than fit, too
+        one, other = few.batch(list(keys)), expected.batch(list(keys))
+        assert all(torch.equal(one[name], other[name]) for name in other)
+        assert len(few._known) <= 2
+    assert read == ["a", "b", "c", "d", "a", "b"], "what is in memory is not read"
+    few.encode(told("abcd"))
+    assert asked == ["a", "b", "c", "d"], "each is encoded once"
+    assert read == ["a", "b", "c", "d", "a", "b"], "and read when it is used"
+
+
+def test_the_one_used_last_stays(toy_policy: Policy, tmp_path: Path) -> None:
+    few = conditions(toy_policy, [], shelf(tmp_path), limit=2)
+    few.encode(told("ab"))
+    few.batch(["a"])
+    few.encode(told("c"))
+    assert list(few._known) == ["a", "c"]
+
+
+def test_a_file_that_is_gone_when_it_is_wanted_again(toy_policy: Policy, tmp_path: Path) -> None:
+    few = conditions(toy_policy, [], shelf(tmp_path), limit=1)
+    few.encode(told(["a red circle", "b"]))
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"policy.conditions: the encoded prompt 'a red circle' has vanished"):
+        few.batch(["a red circle"])
+    with pytest.raises(KeyError):
+        few.batch(["never encoded"])

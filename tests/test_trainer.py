@@ -18,9 +18,10 @@ from rlkit import checkpoint, recipe, session, trainer
 from rlkit.algorithms.flow_grpo import FlowGRPO
 from rlkit.backbones import tiny
 from rlkit.dist import Processes
-from rlkit.errors import CheckpointError, DataError, LossError, RewardError
+from rlkit.errors import CheckpointError, DataError, LossError, RecipeError, RewardError
 from rlkit.scoring import WeightedReward
 from rlkit.tracking import Metrics
+from rlkit.types import Prompt
 
 STAGE = {
     "data": {"name": "world", "per_step": 2, "group": 4},
@@ -618,3 +619,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_rows(tmp_path):
     assert advantage[culprit] == math.inf
     assert len(cond) == len(row) == 8
     assert checkpoint.newest(tmp_path).at == 1, "what was saved before is whole"
+
+
+# ---- several sizes, and encoders that leave --------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_of_one_size():
+    prompts = tuple(Prompt(i, "a", size=size) for i, size in enumerate([(4, 4), (4, 4), (4, 8)]))
+    assert trainer.of_one_size(prompts[:2]) == prompts[:2], "one size is kept"
+    assert [one.size for one in trainer.of_one_size(prompts)] == [None] * 3
+    assert [one.id for one in trainer.of_one_size(prompts)] == [0, 1, 2]
+    assert trainer.of_one_size(()) == ()
+
+
+def test_what_is_to_be_encoded_is_the_data_and_each_evaluation_as_it_is_drawn():
+    held_out = tuple(Prompt(i, f"h{i}", size=(4, 4 + 4 * (i == 2))) for i in range(3))
+
+    @dataclass(frozen=True)
+    class Data:
+        every: tuple[Prompt, ...] | None
+
+        def open(self):
+            return self
+
+        def everything(self):
+            return self.every
+
+        def held_out(self, count):
+            return held_out[:count]
+
+    stage = build({"main": {"evaluate": {"held_out": 2, "ends": 3}}}).stages[0]
+    prompts = tuple(Prompt(i, f"t{i}") for i in range(2))
+    found = [(one.text, one.size) for one in trainer.to_encode(replace(stage, data=Data(prompts)))]
+    assert found[:2] == [("t0", None), ("t1", None)]
+    assert set(found[2:]) == {("h0", (4, 4)), ("h1", (4, 4)), ("h0", None), ("h1", None), ("h2", None)}
+    with pytest.raises(RecipeError, match="the data of stage 'main' has no end"):
+        trainer.to_encode(replace(stage, data=Data(None)))
+
+
+def test_a_run_without_its_encoders_has_the_numbers_of_one_with_them(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue xyzzy\n")
+    (tmp_path / "held_out.txt").write_text("a green square\n")
+    files = {"name": "prompts", "path": str(tmp_path / "prompts.txt"), "held_out_path": str(tmp_path / "held_out.txt")}
+    changes = {"data": files, "rewards": {"brightness": 1.0}, "evaluate": {"held_out": 2}}
+    rows = {}
+    for encoders in ("keep", "free"):
+        setup = build({"main": changes, "second": changes})
+        resources = replace(setup.policy.resources, encoders=encoders)
+        setup = replace(setup, policy=replace(setup.policy, resources=resources))
+        session.run(setup, tmp_path / encoders, Processes(), quiet=True)
+        timeless = ("seconds", "cpu", "at_time", "time")
+        rows[encoders] = [
+            {key: value for key, value in row.items() if not key.startswith(timeless)}
+            for row in Metrics.read(tmp_path / encoders)
+            if row["kind"] in ("train", "evaluation") or row.get("event") == "unknown_words"
+        ]
+    assert rows["free"] == rows["keep"]
+    assert sum(row.get("event") == "unknown_words" for row in rows["free"]) == 2, "each stage warns"

@@ -278,9 +278,23 @@ def vae_factor(vae: Any) -> int:
 def drawn(pipeline: Any, **options: Any) -> Tensor:
     """What a diffusers pipeline draws with these options: pictures [N, 3, H, W] in 0..1, fp32."""
     pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad():
+    with torch.no_grad(), _in_its_own_type(pipeline.vae):
         pictures: Tensor = pipeline(**options, output_type="pt").images
     return pictures.float()
+
+
+@contextmanager
+def _in_its_own_type(vae: Any) -> Iterator[None]:
+    """The autoencoder is given its own data type: it stays in fp32 where a pipeline has all the rest in bf16."""
+
+    def cast(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda given, *more, **named: call(given.to(vae.dtype), *more, **named)
+
+    vae.encode, vae.decode = cast(vae.encode), cast(vae.decode)
+    try:
+        yield
+    finally:
+        del vae.encode, vae.decode  # the class's own are there again
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

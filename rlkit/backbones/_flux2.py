@@ -56,7 +56,7 @@ class Words:
         return str(self.tokenizer.apply_chat_template(asked, tokenize=False, **options))
 
     def states(self, text: str) -> Tensor:
-        """[max_tokens, 3D]."""
+        """[max_tokens, 3D], where the text encoder is."""
         read = self.tokenizer(
             self.chat(text),
             add_special_tokens=False,  # the chat has its own

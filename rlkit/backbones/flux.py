@@ -14,7 +14,7 @@ Differences from diffusers' pipeline: image adapters are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -83,41 +83,52 @@ class Flux:
         t5 = folder.frozen("text_encoder_2", T5EncoderModel, device, dtype)
         t5_tokenizer = folder.plain("tokenizer_2", T5TokenizerFast)
         factor = shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels // 4, self.size, factor, 2 * factor)
 
         @torch.no_grad()
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             texts = [prompt.text for prompt in prompts]
-            tokens = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens).to(dtype)
+            tokens = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens).to(device, dtype)
             ids = clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            pooled = clip(ids.to(device)).pooler_output.to(dtype)
+            pooled = clip(ids.to(clip.device)).pooler_output.to(device, dtype)
             return [{"tokens": t, "pooled": p} for t, p in zip(tokens, pooled, strict=True)]
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            return shared.drawn(
-                FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, net),
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[negative] * len(prompts),
-                true_cfg_scale=guidance,
-                guidance_scale=self.guidance,
-                latents=shared.packed(noise),
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                max_sequence_length=self.max_tokens,
+        targets = shared.present(net, (*ATTENTION, *WORDS, *FEED_FORWARD))  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels // 4, size, factor, 2 * factor)
+            mu = shared.mu_of(scheduler, shape[1] * shape[2] // 4)
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                return shared.drawn(
+                    FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, net),
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[negative] * len(prompts),
+                    true_cfg_scale=guidance,
+                    guidance_scale=self.guidance,
+                    latents=shared.packed(noise),
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    max_sequence_length=self.max_tokens,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=partial(velocity, self.guidance if net.config.guidance_embeds else None),
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, mu),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: shared.cut_words(t5_tokenizer, text, self.max_tokens),
+                encode_media=shared.encode_with(vae),
+                tasks=self.tasks,
+                encoders=(clip, t5),
+                at=at,
+                pipeline=pipeline,
             )
 
-        mu = shared.mu_of(scheduler, shape[1] * shape[2] // 4)
-        return FlowModel(
-            net=net,
-            velocity=partial(velocity, self.guidance if net.config.guidance_embeds else None),
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, mu),
-            latent_shape=shape,
-            lora_targets=shared.present(net, (*ATTENTION, *WORDS, *FEED_FORWARD)),
-            unread=lambda text: shared.cut_words(t5_tokenizer, text, self.max_tokens),
-            encode_media=shared.encode_with(vae),
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        return at(self.size)

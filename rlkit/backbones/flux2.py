@@ -19,7 +19,7 @@ classifier-free guidance. Prompts are not rewritten.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -120,9 +120,12 @@ class Flux2:
         scheduler = folder.plain("scheduler", diffusers.FlowMatchEulerDiscreteScheduler)
         words = _flux2.Words.of(folder, self.max_tokens, device, dtype)
         factor = 2 * shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels, self.size, factor)
         processor = Flux2ImageProcessor(vae_scale_factor=factor)
         encode_media = _flux2.encode_with(vae)
+        told = self.guidance if net.config.guidance_embeds else None
+        # By their whole names: the other blocks have lists, which LoRA cannot adapt, called attn.to_out.
+        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(net.config.num_single_layers)]
+        targets = shared.present(net, (*ATTENTION, *WORDS, "attn.to_qkv_mlp_proj", *single))  # while it has no adapters
 
         def pixels(prompt: Prompt) -> list[Tensor]:
             """A prompt's pictures as the network is to see them: [1, 3, H, W] in 0..1 each."""
@@ -141,9 +144,9 @@ class Flux2:
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             encoded: list[Condition] = []
             for prompt in prompts:
-                tokens = words.states(prompt.text).to(dtype)
+                tokens = words.states(prompt.text).to(device, dtype)
                 latents = [encode_media(one).to(dtype) for one in pixels(prompt)]
-                beside = _pictures.columns(latents, _flux2.tokens_of, tokens.new_zeros(0, shape[0]), 1)
+                beside = _pictures.columns(latents, _flux2.tokens_of, tokens.new_zeros(0, net.config.in_channels), 1)
                 encoded.append({"tokens": tokens, **beside})
             return encoded
 
@@ -158,6 +161,7 @@ class Flux2:
                 whole.register_to_config(is_distilled=distilled)
                 untold = whole.encode_prompt(negative, device, max_sequence_length=self.max_tokens)[0]
                 options |= {"negative_prompt_embeds": untold}
+            height, width = (factor * side for side in noise.shape[2:])
             pictures = []
             for prompt, one in zip(prompts, noise, strict=True):  # pictures may differ in size
                 found = _pictures.of_prompt(prompt, 0, self.max_pictures)
@@ -167,8 +171,8 @@ class Flux2:
                         image=[_flux2.brought_down(it, self.picture_area) for it in found] or None,
                         prompt=prompt.text,
                         latents=one[None].to(device),
-                        height=self.size[0],
-                        width=self.size[1],
+                        height=height,
+                        width=width,
                         num_inference_steps=steps,
                         max_sequence_length=self.max_tokens,
                         **options,
@@ -176,24 +180,28 @@ class Flux2:
                 )
             return torch.cat(pictures)
 
-        # By their whole names: the other blocks have lists, which LoRA cannot adapt, called attn.to_out.
-        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(net.config.num_single_layers)]
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = shared.latent_shape(net.config.in_channels, replace(self, size=size).size, factor)
 
-        def sigmas(steps: int) -> Tensor:
-            return shared.sigmas_with(scheduler, compute_empirical_mu(shape[1] * shape[2], steps))(steps)
+            def sigmas(steps: int) -> Tensor:
+                return shared.sigmas_with(scheduler, compute_empirical_mu(shape[1] * shape[2], steps))(steps)
 
-        return FlowModel(
-            net=net,
-            velocity=partial(velocity, self.guidance if net.config.guidance_embeds else None),
-            encode=encode,
-            decode=_flux2.decode_with(vae),
-            sigmas=sigmas,
-            latent_shape=shape,
-            lora_targets=shared.present(net, (*ATTENTION, *WORDS, "attn.to_qkv_mlp_proj", *single)),
-            unread=words.unread,
-            encode_media=encode_media,
-            collate=collate,
-            guide=no_guidance if distilled else classifier_free,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+            return FlowModel(
+                net=net,
+                velocity=partial(velocity, told),
+                encode=encode,
+                decode=_flux2.decode_with(vae),
+                sigmas=sigmas,
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=words.unread,
+                encode_media=encode_media,
+                collate=collate,
+                guide=no_guidance if distilled else classifier_free,
+                tasks=self.tasks,
+                encoders=(words.text_encoder,),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

@@ -12,7 +12,7 @@ about a megapixel unless told not to; and image adapters are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,6 @@ class FluxKontext:
         t5 = folder.frozen("text_encoder_2", T5EncoderModel, device, dtype)
         t5_tokenizer = folder.plain("tokenizer_2", T5TokenizerFast)
         factor = shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels // 4, self.size, factor, 2 * factor)
         resizer = VaeImageProcessor(vae_scale_factor=2 * factor)
         encode_media = shared.encode_with(vae)
 
@@ -117,50 +116,62 @@ class FluxKontext:
         @torch.no_grad()
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             texts = [prompt.text for prompt in prompts]
-            tokens = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens).to(dtype)
+            tokens = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens).to(device, dtype)
             ids = clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            pooled = clip(ids.to(device)).pooler_output.to(dtype)
+            pooled = clip(ids.to(clip.device)).pooler_output.to(device, dtype)
             encoded: list[Condition] = []
             for prompt, words, vector in zip(prompts, tokens, pooled, strict=True):
                 latents = [encode_media(pixels(one)).to(dtype) for one in _pictures.of_prompt(prompt, 0, 1)]
-                beside = _pictures.columns(latents, shared.packed, words.new_zeros(0, 4 * shape[0]))
+                beside = _pictures.columns(latents, shared.packed, words.new_zeros(0, net.config.in_channels))
                 encoded.append({"tokens": words, "pooled": vector, **beside})
             return encoded
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            whole = FluxKontextPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, net)
-            pictures = [
-                shared.drawn(
-                    whole,
-                    image=next(iter(_pictures.of_prompt(prompt, 0, 1)), None),
-                    prompt=prompt.text,
-                    negative_prompt=negative,
-                    true_cfg_scale=guidance,
-                    guidance_scale=self.guidance,
-                    latents=shared.packed(one[None].to(device)),
-                    height=self.size[0],
-                    width=self.size[1],
-                    max_area=self.size[0] * self.size[1],
-                    num_inference_steps=steps,
-                    max_sequence_length=self.max_tokens,
-                    _auto_resize=self.resize_source,
-                )
-                for prompt, one in zip(prompts, noise, strict=True)  # pictures may differ in size
-            ]
-            return torch.cat(pictures)
+        targets = shared.present(net, (*flux.ATTENTION, *flux.WORDS, *flux.FEED_FORWARD))  # while it has no adapters
 
-        mu = shared.mu_of(scheduler, shape[1] * shape[2] // 4)
-        return FlowModel(
-            net=net,
-            velocity=partial(velocity, self.guidance if net.config.guidance_embeds else None),
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, mu),
-            latent_shape=shape,
-            lora_targets=shared.present(net, (*flux.ATTENTION, *flux.WORDS, *flux.FEED_FORWARD)),
-            unread=lambda text: shared.cut_words(t5_tokenizer, text, self.max_tokens),
-            encode_media=encode_media,
-            collate=collate,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels // 4, size, factor, 2 * factor)
+            mu = shared.mu_of(scheduler, shape[1] * shape[2] // 4)
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                whole = FluxKontextPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, net)
+                pictures = [
+                    shared.drawn(
+                        whole,
+                        image=next(iter(_pictures.of_prompt(prompt, 0, 1)), None),
+                        prompt=prompt.text,
+                        negative_prompt=negative,
+                        true_cfg_scale=guidance,
+                        guidance_scale=self.guidance,
+                        latents=shared.packed(one[None].to(device)),
+                        height=here.size[0],
+                        width=here.size[1],
+                        max_area=here.size[0] * here.size[1],
+                        num_inference_steps=steps,
+                        max_sequence_length=self.max_tokens,
+                        _auto_resize=self.resize_source,
+                    )
+                    for prompt, one in zip(prompts, noise, strict=True)  # pictures may differ in size
+                ]
+                return torch.cat(pictures)
+
+            return FlowModel(
+                net=net,
+                velocity=partial(velocity, self.guidance if net.config.guidance_embeds else None),
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, mu),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: shared.cut_words(t5_tokenizer, text, self.max_tokens),
+                encode_media=encode_media,
+                collate=collate,
+                tasks=self.tasks,
+                encoders=(clip, t5),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

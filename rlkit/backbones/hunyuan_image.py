@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,16 +118,16 @@ class HunyuanImage:
 
         def read(text: str) -> Tensor:  # [L, D], not padded: a text is encoded by itself
             options = {"truncation": True, "max_length": self.max_tokens + AHEAD, "return_tensors": "pt"}
-            ids = tokenizer(TEMPLATE.format(text), **options).input_ids.to(device)
+            ids = tokenizer(TEMPLATE.format(text), **options).input_ids.to(text_encoder.device)
             states: Tensor = text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-3]
-            return states[0, AHEAD:].to(dtype)
+            return states[0, AHEAD:].to(device, dtype)
 
         def read_glyphs(text: str) -> Tensor:  # [K, E]; none of a prompt without quotations
             if not glyphs(text):
                 return torch.zeros(0, glyph_encoder.config.d_model, device=device, dtype=dtype)
             ids = byte_tokenizer(glyphs(text), truncation=True, max_length=GLYPHS, return_tensors="pt").input_ids
-            states: Tensor = glyph_encoder(input_ids=ids.to(device))[0]
-            return states[0].to(dtype)
+            states: Tensor = glyph_encoder(input_ids=ids.to(glyph_encoder.device))[0]
+            return states[0].to(device, dtype)
 
         def decode(latents: Tensor) -> Tensor:
             pictures: Tensor = vae.decode(latents.to(vae.device, vae.dtype) / scale, return_dict=False)[0]
@@ -144,36 +144,48 @@ class HunyuanImage:
             cut = shared.cut_words(tokenizer, text, self.max_tokens)
             return cut + [word for one in quoted(text) if one not in kept for word in one.split() if word not in kept]
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
-            guider = Guider(guidance_scale=guidance, adaptive_projected_guidance_start_step=steps)  # never projected
-            parts: tuple[Any, ...] = (own, vae, text_encoder, tokenizer, glyph_encoder, byte_tokenizer, net)
-            whole = HunyuanImagePipeline(*parts, guider=guider, ocr_guider=guider)
-            whole.tokenizer_max_length = self.max_tokens
-            return shared.drawn(
-                whole,
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[negative] * len(prompts),
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                latents=noise,
+        targets = shared.present(net, LAYERS)  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
+                options = {"adaptive_projected_guidance_start_step": steps}  # never projected
+                guider = Guider(guidance_scale=guidance, **options)
+                parts: tuple[Any, ...] = (own, vae, text_encoder, tokenizer, glyph_encoder, byte_tokenizer, net)
+                whole = HunyuanImagePipeline(*parts, guider=guider, ocr_guider=guider)
+                whole.tokenizer_max_length = self.max_tokens
+                return shared.drawn(
+                    whole,
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[negative] * len(prompts),
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    latents=noise,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=decode,
+                sigmas=shared.sigmas_with(scheduler),
+                latent_shape=shared.latent_shape(net.config.in_channels, size, factor),
+                lora_targets=targets,
+                unread=unread,
+                encode_media=encode_media,
+                collate=collate,
+                tasks=self.tasks,
+                encoders=(text_encoder, glyph_encoder),
+                at=at,
+                pipeline=pipeline,
             )
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=decode,
-            sigmas=shared.sigmas_with(scheduler),
-            latent_shape=shared.latent_shape(net.config.in_channels, self.size, factor),
-            lora_targets=shared.present(net, LAYERS),
-            unread=unread,
-            encode_media=encode_media,
-            collate=collate,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        return at(self.size)
 
 
 def refuse_distilled(config: Any, path: str) -> None:

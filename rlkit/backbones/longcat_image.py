@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,16 +150,18 @@ class LongCatImage:
         vae = folder.frozen("vae", AutoencoderKL, device, torch.float32)
         text_encoder = folder.frozen("text_encoder", Qwen2_5_VLForConditionalGeneration, device, dtype)
         factor = shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels // 4, self.size, factor, 2 * factor)
+        channels = net.config.in_channels // 4
+        targets = shared.present(net, LAYERS)  # while it has no adapters
         ahead = len(tokenizer(BEFORE, add_special_tokens=False).input_ids)
 
         @torch.no_grad()
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             encoded: list[Condition] = []
             for prompt in prompts:
-                ids, mask = (one.to(device) for one in chat(tokenizer, BEFORE, prompt.text, self.max_tokens))
+                read = chat(tokenizer, BEFORE, prompt.text, self.max_tokens)
+                ids, mask = (one.to(text_encoder.device) for one in read)
                 states = text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-                encoded.append({"tokens": states[-1][0, ahead : ahead + self.max_tokens].to(dtype)})
+                encoded.append({"tokens": states[-1][0, ahead : ahead + self.max_tokens].to(device, dtype)})
             return encoded
 
         def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
@@ -167,29 +169,36 @@ class LongCatImage:
             processor: Any = None  # of the rewriting that is switched off
             whole = LongCatImagePipeline(own, vae, text_encoder, tokenizer, processor, net)
             whole.tokenizer_max_length = self.max_tokens
+            height, width = (factor * side for side in noise.shape[2:])
             return shared.drawn(
                 whole,
                 prompt=[prompt.text for prompt in prompts],
                 negative_prompt=[negative] * len(prompts),
-                height=self.size[0],
-                width=self.size[1],
+                height=height,
+                width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 latents=shared.packed(noise),
                 enable_prompt_rewrite=False,
             )
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, shared.mu_of(scheduler, shape[1] * shape[2] // 4)),
-            latent_shape=shape,
-            lora_targets=shared.present(net, LAYERS),
-            unread=lambda text: cut_words(tokenizer, text, self.max_tokens),
-            encode_media=shared.encode_with(vae),
-            guide=guide,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = shared.latent_shape(channels, replace(self, size=size).size, factor, 2 * factor)
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, shared.mu_of(scheduler, shape[1] * shape[2] // 4)),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: cut_words(tokenizer, text, self.max_tokens),
+                encode_media=shared.encode_with(vae),
+                guide=guide,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

@@ -13,7 +13,7 @@ positions inside Qwen2.5-VL, as they had in training, which the pipeline lost wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -98,35 +98,35 @@ class LongCatImageEdit:
         text_encoder = folder.frozen("text_encoder", Qwen2_5_VLForConditionalGeneration, device, dtype)
         tell_pictures_apart(text_encoder, tokenizer.convert_tokens_to_ids(MARK))
         factor = shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels // 4, self.size, factor, 2 * factor)
+        channels = net.config.in_channels // 4
+        targets = shared.present(net, longcat_image.LAYERS)  # while it has no adapters
         encode_media, resizer = shared.encode_with(vae), VaeImageProcessor(vae_scale_factor=2 * factor)
         ahead = len(tokenizer(BEFORE.split(START)[0], add_special_tokens=False).input_ids)
         behind = len(tokenizer(longcat_image.BEHIND, add_special_tokens=False).input_ids)
 
         @torch.no_grad()
-        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
-            return [one_condition(prompt) for prompt in prompts]
-
-        def one_condition(prompt: Prompt) -> Condition:
+        def one_condition(prompt: Prompt, height: int, width: int) -> Condition:
             (found,) = _pictures.of_prompt(prompt, 1, 1)
-            found = resizer.resize(found, *self.size)
-            small = resizer.resize(found, self.size[0] // 2, self.size[1] // 2)
+            found = resizer.resize(found, height, width)
+            small = resizer.resize(found, height // 2, width // 2)
             seen = reader(images=small, return_tensors="pt")
             count = int(seen["image_grid_thw"].prod()) // reader.merge_size**2
             before = BEFORE.replace(MARK, MARK * count)
             ids, mask = longcat_image.chat(tokenizer, before, prompt.text.replace(MARK, ""), self.max_tokens)
             read = {"input_ids": ids, "attention_mask": mask, **seen}
-            read = {name: column.to(device) for name, column in read.items()}
+            read = {name: column.to(text_encoder.device) for name, column in read.items()}
             states = text_encoder(**read, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-            latents = encode_media(resizer.preprocess(found, *self.size) * 0.5 + 0.5)  # [1, C, h, w]
-            return {"tokens": states[0, ahead:-behind].to(dtype), "source": shared.packed(latents)[0].to(dtype)}
+            latents = encode_media(resizer.preprocess(found, height, width) * 0.5 + 0.5)  # [1, C, h, w]
+            tokens = states[0, ahead:-behind].to(device, dtype)
+            return {"tokens": tokens, "source": shared.packed(latents)[0].to(dtype)}
 
         def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
             own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
             processor: Any = _Processor(reader)
             whole = LongCatImageEditPipeline(own, vae, text_encoder, tokenizer, processor, net)
             whole.tokenizer_max_length = self.max_tokens
-            with mock.patch.object(module, "calculate_dimensions", return_value=self.size[::-1]):  # a fixed area there
+            height, width = (factor * side for side in noise.shape[2:])
+            with mock.patch.object(module, "calculate_dimensions", return_value=(width, height)):  # a fixed area there
                 drawn = [
                     shared.drawn(
                         whole,
@@ -141,16 +141,22 @@ class LongCatImageEdit:
                 ]
             return torch.cat(drawn)
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, shared.mu_of(scheduler, shape[1] * shape[2] // 4)),
-            latent_shape=shape,
-            lora_targets=shared.present(net, longcat_image.LAYERS),
-            unread=lambda text: longcat_image.cut_words(tokenizer, text, self.max_tokens),
-            encode_media=encode_media,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = shared.latent_shape(channels, replace(self, size=size).size, factor, 2 * factor)
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=lambda prompts: [one_condition(prompt, *size) for prompt in prompts],
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, shared.mu_of(scheduler, shape[1] * shape[2] // 4)),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: longcat_image.cut_words(tokenizer, text, self.max_tokens),
+                encode_media=encode_media,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

@@ -13,7 +13,7 @@ late in the schedule (`cfg_trunc_ratio`), off by default, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,6 @@ class Lumina2:
         text_encoder = folder.frozen("text_encoder", Gemma2Model, device, dtype)
         net = folder.net("transformer", Lumina2Transformer2DModel, device, dtype)
         factor = shared.vae_factor(vae)
-        shape = shared.latent_shape(net.config.in_channels, self.size, factor, 2 * factor)
         longest = net.config.axes_lens[0] - 1  # positions: the text's, and the picture's one
         if self.max_tokens > longest:
             raise RecipeError(f"max_tokens is {self.max_tokens}", where="policy.backbone", hint=f"At most {longest}.")
@@ -109,43 +108,55 @@ class Lumina2:
             for prompt in prompts:  # one by one: a text is then not padded
                 text = asked(prompt.text)
                 ids = tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids
-                states = text_encoder(input_ids=ids.to(device), output_hidden_states=True).hidden_states
-                encoded.append({"tokens": states[-2][0].to(dtype)})
+                states = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states
+                encoded.append({"tokens": states[-2][0].to(device, dtype)})
             return encoded
 
         def unread(text: str) -> list[str]:
             lost = shared.cut_words(tokenizer, asked(text), self.max_tokens)
             return lost[max(0, len(lost) - len(text.split())) :]  # those of the system prompt are no one's
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
-            return shared.drawn(
-                Lumina2Pipeline(net, own, vae, text_encoder, tokenizer),
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[asked(negative)] * len(prompts),
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                latents=noise.to(dtype),
-                max_sequence_length=self.max_tokens,
+        targets = shared.present(net, LAYERS)  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels, size, factor, 2 * factor)
+            # The pipeline takes the number of channels for that of tokens. It matters where a schedule follows the
+            # size, which the published one does not.
+            mu = shared.mu_of(scheduler, shape[0])
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
+                return shared.drawn(
+                    Lumina2Pipeline(net, own, vae, text_encoder, tokenizer),
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[asked(negative)] * len(prompts),
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    latents=noise.to(dtype),
+                    max_sequence_length=self.max_tokens,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, mu),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=unread,
+                encode_media=shared.encode_with(vae),
+                collate=collate,
+                guide=guide,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
             )
 
-        # The pipeline takes the number of channels for that of tokens. It matters where a schedule follows the size,
-        # which the published one does not.
-        mu = shared.mu_of(scheduler, shape[0])
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, mu),
-            latent_shape=shape,
-            lora_targets=shared.present(net, LAYERS),
-            unread=unread,
-            encode_media=shared.encode_with(vae),
-            collate=collate,
-            guide=guide,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        return at(self.size)

@@ -17,7 +17,7 @@ long is cut inside its chat, which stays whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,10 +98,11 @@ class OmniGen2:
         text_encoder = folder.frozen("mllm", Qwen2_5_VLForConditionalGeneration, device, dtype)
         net = folder.net("transformer", _omnigen2.network(), device, dtype)
         factor, side = _diffusers.vae_factor(vae), net.config.patch_size
-        shape = _diffusers.latent_shape(net.config.in_channels, self.size, factor, side * factor)
+        channels = net.config.in_channels
+        targets = _diffusers.present(net, LAYERS)  # while it has no adapters
         resizer = VaeImageProcessor(vae_scale_factor=side * factor)
         encode_media = _diffusers.encode_with(vae)
-        empty = torch.zeros(0, side**2 * shape[0], device=device, dtype=dtype)
+        empty = torch.zeros(0, side**2 * channels, device=device, dtype=dtype)
 
         def cut(text: str) -> str:
             """The prompt without what is behind its first `max_tokens` tokens, or would stand for a picture."""
@@ -122,20 +123,26 @@ class OmniGen2:
                 latents = [seen(one) for one in _pictures.of_prompt(prompt, 0, _omnigen2.MOST)]
                 beside = _pictures.columns(latents, lambda one: _omnigen2.patches(one, side), empty, side)
                 ids = tokenizer(CHAT.format(cut(prompt.text)), return_tensors="pt").input_ids
-                states = text_encoder.model(input_ids=ids.to(device)).last_hidden_state
-                encoded.append({"tokens": states[0].to(dtype), **beside})
+                states = text_encoder.model(input_ids=ids.to(text_encoder.device)).last_hidden_state
+                encoded.append({"tokens": states[0].to(device, dtype), **beside})
             return encoded
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=_diffusers.decode_with(vae),
-            sigmas=lambda steps: schedule.sigmas(steps, *shape[1:]),
-            latent_shape=shape,
-            lora_targets=_diffusers.present(net, LAYERS),
-            unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
-            encode_media=encode_media,
-            collate=collate,
-            tasks=self.tasks,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = _diffusers.latent_shape(channels, replace(self, size=size).size, factor, side * factor)
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=_diffusers.decode_with(vae),
+                sigmas=lambda steps: schedule.sigmas(steps, *shape[1:]),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
+                encode_media=encode_media,
+                collate=collate,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+            )
+
+        return at(self.size)

@@ -9,7 +9,7 @@ prediction has (`rescaled`). The autoencoder is that of a video model: a picture
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ class QwenImage:
         text_encoder = folder.frozen("text_encoder", Qwen2_5_VLForConditionalGeneration, device, dtype)
         net = folder.net("transformer", QwenImageTransformer2DModel, device, dtype)
         factor = vae.spatial_compression_ratio
-        shape = _diffusers.latent_shape(vae.config.z_dim, self.size, factor, 2 * factor)
+        targets = _diffusers.present(net, TARGETS)  # while it has no adapters
 
         @torch.no_grad()
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
@@ -149,37 +149,44 @@ class QwenImage:
             for prompt in prompts:  # one by one: a text is then not padded
                 read = tokenizer(
                     CHAT.format(prompt.text), truncation=True, max_length=AHEAD + self.max_tokens, return_tensors="pt"
-                ).to(device)
+                ).to(text_encoder.device)
                 states = text_encoder(**read, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-                encoded.append({"tokens": states[0, AHEAD:].to(dtype)})
+                encoded.append({"tokens": states[0, AHEAD:].to(device, dtype)})
             return encoded
 
         def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
             own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
+            height, width = (factor * side for side in noise.shape[2:])
             return _diffusers.drawn(
                 QwenImagePipeline(own, vae, text_encoder, tokenizer, net),
                 prompt=[prompt.text for prompt in prompts],
                 negative_prompt=[negative for _ in prompts] if guidance > 1 else None,
-                height=self.size[0],
-                width=self.size[1],
+                height=height,
+                width=width,
                 num_inference_steps=steps,
                 true_cfg_scale=guidance,
                 latents=_diffusers.packed(noise.to(device)),
                 max_sequence_length=self.max_tokens,
             )
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=decode_with(vae),
-            sigmas=schedule(scheduler, shape),
-            latent_shape=shape,
-            lora_targets=_diffusers.present(net, TARGETS),
-            unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
-            encode_media=encode_with(vae),
-            collate=collate,
-            guide=rescaled,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = _diffusers.latent_shape(vae.config.z_dim, replace(self, size=size).size, factor, 2 * factor)
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=decode_with(vae),
+                sigmas=schedule(scheduler, shape),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
+                encode_media=encode_with(vae),
+                collate=collate,
+                guide=rescaled,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -48,7 +48,7 @@ def fitted(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 class Reader:
-    """Chats and their pictures -> what Qwen2.5-VL takes. transformers' own needs torchvision, for the videos alone."""
+    """Chats and their pictures, if any -> what Qwen2.5-VL takes. transformers' own needs torchvision, for videos."""
 
     def __init__(self, tokenizer: Any, pictures: Any) -> None:
         self.tokenizer, self.pictures = tokenizer, pictures
@@ -56,8 +56,8 @@ class Reader:
     def __call__(self, text: Sequence[str], images: Any, padding: bool = True, return_tensors: str = "pt") -> Any:
         from transformers import BatchFeature
 
-        seen = self.pictures(images=images, return_tensors=return_tensors)
-        counts = iter((seen["image_grid_thw"].prod(dim=1) // self.pictures.merge_size**2).tolist())
+        seen: Any = self.pictures(images=images, return_tensors=return_tensors) if images else {}
+        counts = (int(grid.prod()) // self.pictures.merge_size**2 for grid in seen.get("image_grid_thw", ()))
         whole = []
         for chat in text:
             first, *rest = chat.split(MARK)
@@ -141,7 +141,7 @@ class QwenImageEdit:
         tell_pictures_apart(text_encoder, tokenizer.convert_tokens_to_ids(MARK))
         net = folder.net("transformer", diffusers.QwenImageTransformer2DModel, device, dtype)
         factor = vae.spatial_compression_ratio
-        shape = _diffusers.latent_shape(vae.config.z_dim, self.size, factor, 2 * factor)
+        targets = _diffusers.present(net, qwen_image.TARGETS)  # while it has no adapters
         resizer = VaeImageProcessor(vae_scale_factor=2 * factor)
         encode_media = qwen_image.encode_with(vae)
 
@@ -160,18 +160,20 @@ class QwenImageEdit:
                 shown = [fitted(one.size, READ_AREA) for one in found] if plus else sizes
                 small = [resizer.resize(one, high, wide) for one, (wide, high) in zip(found, shown, strict=True)]
                 numbered = "".join(template.format(i + 1) for i in range(len(found)))
-                read = reader([CHAT.format(numbered, cut(prompt.text))], small).to(device)
+                read = reader([CHAT.format(numbered, cut(prompt.text))], small).to(text_encoder.device)
                 states = text_encoder(**read, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+                tokens = states[0, AHEAD:].to(device, dtype)
                 pixels = [resizer.preprocess(one, high, wide) for one, (wide, high) in zip(found, sizes, strict=True)]
                 latents = [encode_media(one * 0.5 + 0.5).to(dtype) for one in pixels]
-                beside = _pictures.columns(latents, _diffusers.packed, states.new_zeros(0, 4 * shape[0], dtype=dtype))
-                encoded.append({"tokens": states[0, AHEAD:].to(dtype), **beside})
+                beside = _pictures.columns(latents, _diffusers.packed, tokens.new_zeros(0, 4 * vae.config.z_dim))
+                encoded.append({"tokens": tokens, **beside})
             return encoded
 
         def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
             module = getattr(diffusers.pipelines.qwenimage, f"pipeline_qwenimage_edit{'_plus' * plus}")
             own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
             whole = getattr(diffusers, folder.pipeline)(own, vae, text_encoder, tokenizer, reader, net)
+            height, width = (factor * side for side in noise.shape[2:])
             pictures = []
             usual = module.calculate_dimensions
 
@@ -187,8 +189,8 @@ class QwenImageEdit:
                             image=found if plus else found[0],
                             prompt=cut(prompt.text),
                             negative_prompt=negative if guidance > 1 else None,
-                            height=self.size[0],
-                            width=self.size[1],
+                            height=height,
+                            width=width,
                             num_inference_steps=steps,
                             true_cfg_scale=guidance,
                             latents=_diffusers.packed(one[None].to(device)),
@@ -196,18 +198,24 @@ class QwenImageEdit:
                     )
             return torch.cat(pictures)
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=qwen_image.decode_with(vae),
-            sigmas=qwen_image.schedule(scheduler, shape),
-            latent_shape=shape,
-            lora_targets=_diffusers.present(net, qwen_image.TARGETS),
-            unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
-            encode_media=encode_media,
-            collate=collate,
-            guide=qwen_image.rescaled,
-            tasks=self.tasks if plus else ("edit",),
-            pipeline=pipeline,
-        )
+        def at(size: tuple[int, int]) -> FlowModel:
+            shape = _diffusers.latent_shape(vae.config.z_dim, replace(self, size=size).size, factor, 2 * factor)
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=qwen_image.decode_with(vae),
+                sigmas=qwen_image.schedule(scheduler, shape),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: _diffusers.cut_words(tokenizer, text, self.max_tokens),
+                encode_media=encode_media,
+                collate=collate,
+                guide=qwen_image.rescaled,
+                tasks=self.tasks if plus else ("edit",),
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
+            )
+
+        return at(self.size)

@@ -12,7 +12,7 @@ Differences from diffusers' pipeline: skip-layer guidance and image adapters are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -84,21 +84,18 @@ class SD3:
             t5_tokenizer = folder.plain("tokenizer_3", T5TokenizerFast)
         width = net.config.joint_attention_dim
         patch = shared.vae_factor(vae) * net.config.patch_size
-        shape = shared.latent_shape(net.config.in_channels, self.size, shared.vae_factor(vae), patch)
         largest = net.config.pos_embed_max_size * patch
-        if max(self.size) > largest:
-            raise RecipeError(f"this checkpoint draws at most {largest} pixels a side", where="policy.backbone.size")
 
         @torch.no_grad()
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             texts = [prompt.text for prompt in prompts]
             pairs = [shared.clip_states(one, words, texts) for one, words in zip(encoders, tokenizers, strict=True)]
-            first = torch.cat([states for states, _ in pairs], dim=-1)  # [N, 77, D1 + D2]
+            first = torch.cat([states.to(device) for states, _ in pairs], dim=-1)  # [N, 77, D1 + D2]
             rest = torch.zeros(len(texts), self.max_tokens, width, device=device, dtype=dtype)
             if t5 is not None and t5_tokenizer is not None:
-                rest = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens)
+                rest = shared.t5_states(t5, t5_tokenizer, texts, self.max_tokens).to(device)
             tokens = torch.cat([functional.pad(first, (0, width - first.shape[-1])), rest], dim=1).to(dtype)
-            pooled = torch.cat([vector for _, vector in pairs], dim=-1).to(dtype)
+            pooled = torch.cat([vector for _, vector in pairs], dim=-1).to(device, dtype)
             return [{"tokens": t, "pooled": p} for t, p in zip(tokens, pooled, strict=True)]
 
         def unread(text: str) -> list[str]:
@@ -107,33 +104,48 @@ class SD3:
                 return shared.cut_words(t5_tokenizer, text, self.max_tokens)
             return shared.cut_words(tokenizers[0], text, tokenizers[0].model_max_length)
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            whole = Pipeline(
-                net, scheduler, vae, encoders[0], tokenizers[0], encoders[1], tokenizers[1], t5, t5_tokenizer
-            )
-            return shared.drawn(
-                whole,
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[negative] * len(prompts),
-                latents=noise,
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                max_sequence_length=self.max_tokens,
+        targets = shared.present(net, LAYERS)  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels, size, shared.vae_factor(vae), patch)
+            if max(size) > largest:
+                what = f"this checkpoint draws at most {largest} pixels a side"
+                raise RecipeError(what, where="policy.backbone.size")
+            mu = shared.mu_of(scheduler, (shape[1] * shape[2]) // net.config.patch_size**2, largest=1.16)
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                whole = Pipeline(
+                    net, scheduler, vae, encoders[0], tokenizers[0], encoders[1], tokenizers[1], t5, t5_tokenizer
+                )
+                return shared.drawn(
+                    whole,
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[negative] * len(prompts),
+                    latents=noise,
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    max_sequence_length=self.max_tokens,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, mu, even=False),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=unread,
+                encode_media=shared.encode_with(vae),
+                tasks=self.tasks,
+                encoders=(*encoders, *([] if t5 is None else [t5])),
+                at=at,
+                pipeline=pipeline,
             )
 
-        mu = shared.mu_of(scheduler, (shape[1] * shape[2]) // net.config.patch_size**2, largest=1.16)
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, mu, even=False),
-            latent_shape=shape,
-            lora_targets=shared.present(net, LAYERS),
-            unread=unread,
-            encode_media=shared.encode_with(vae),
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        return at(self.size)

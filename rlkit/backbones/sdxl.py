@@ -17,7 +17,7 @@ few steps begin at the noisiest level too. Guidance rescaling, the refiner and t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -87,8 +87,8 @@ class SDXL:
         from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        words = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-        folder = shared.opened(self.path, self.revision, self.pipelines, ["unet", "vae", "scheduler", *words])
+        texts = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+        folder = shared.opened(self.path, self.revision, self.pipelines, ["unet", "vae", "scheduler", *texts])
         net = folder.net("unet", UNet2DConditionModel, device, dtype)
         vae = folder.frozen("vae", AutoencoderKL, device, torch.float32)
         saved = folder.plain("scheduler", EulerDiscreteScheduler).config
@@ -101,54 +101,67 @@ class SDXL:
         first = folder.frozen("text_encoder", CLIPTextModel, device, dtype)
         second = folder.frozen("text_encoder_2", CLIPTextModelWithProjection, device, dtype)
         zeros = bool(folder.index.get("force_zeros_for_empty_prompt", True))
-        shape = shared.latent_shape(net.config.in_channels, self.size, shared.vae_factor(vae))
-        sizes = torch.tensor([*self.size, 0, 0, *self.size], device=device, dtype=dtype)  # original, corner, target
 
         @torch.no_grad()
-        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
-            texts = [prompt.text for prompt in prompts]
+        def words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            """Tokens [N, 77, D] and pooled vectors [N, P]."""
             states, _ = shared.clip_states(first, tokenizers[0], texts)
             more, pooled = shared.clip_states(second, tokenizers[1], texts)
-            tokens = torch.cat([states, more], dim=-1)
+            tokens, pooled = torch.cat([states.to(device), more.to(device)], dim=-1), pooled.to(device)
             kept = torch.tensor([bool(text) or not zeros for text in texts], device=device)
-            tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]
-            pairs = zip(tokens.to(dtype), pooled.to(dtype), strict=True)
-            return [{"tokens": t, "pooled": p, "sizes": sizes} for t, p in pairs]
+            return (tokens * kept[:, None, None]).to(dtype), (pooled * kept[:, None]).to(dtype)
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            whole = StableDiffusionXLPipeline(
-                vae=vae,
-                text_encoder=first,
-                text_encoder_2=second,
-                tokenizer=tokenizers[0],
-                tokenizer_2=tokenizers[1],
-                unet=net,
-                scheduler=scheduler,
-                force_zeros_for_empty_prompt=zeros,
-                add_watermarker=False,
-            )
-            return shared.drawn(
-                whole,
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[negative] * len(prompts) if negative else None,
-                latents=noise,
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+        targets = shared.present(net, LAYERS)  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels, size, shared.vae_factor(vae))
+            sizes = torch.tensor([*size, 0, 0, *size], device=device, dtype=dtype)  # original, corner, target
+
+            def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+                pairs = zip(*words([prompt.text for prompt in prompts]), strict=True)
+                return [{"tokens": t, "pooled": p, "sizes": sizes} for t, p in pairs]
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                whole = StableDiffusionXLPipeline(
+                    vae=vae,
+                    text_encoder=first,
+                    text_encoder_2=second,
+                    tokenizer=tokenizers[0],
+                    tokenizer_2=tokenizers[1],
+                    unet=net,
+                    scheduler=scheduler,
+                    force_zeros_for_empty_prompt=zeros,
+                    add_watermarker=False,
+                )
+                return shared.drawn(
+                    whole,
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[negative] * len(prompts) if negative else None,
+                    latents=noise,
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=partial(velocity, levels),
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=partial(sigmas, scheduler),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: shared.cut_words(tokenizers[0], text, tokenizers[0].model_max_length),
+                encode_media=shared.encode_with(vae),
+                tasks=self.tasks,
+                start=float(levels[-1]),
+                encoders=(first, second),
+                at=at,
+                pipeline=pipeline,
             )
 
-        return FlowModel(
-            net=net,
-            velocity=partial(velocity, levels),
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=partial(sigmas, scheduler),
-            latent_shape=shape,
-            lora_targets=shared.present(net, LAYERS),
-            unread=lambda text: shared.cut_words(tokenizers[0], text, tokenizers[0].model_max_length),
-            encode_media=shared.encode_with(vae),
-            tasks=self.tasks,
-            start=float(levels[-1]),
-            pipeline=pipeline,
-        )
+        return at(self.size)

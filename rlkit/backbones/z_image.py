@@ -11,7 +11,7 @@ Z-Image-Turbo is distilled for guidance 1 and 8 steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,11 +82,9 @@ class ZImage:
         factor = shared.vae_factor(vae)
         text_encoder = folder.frozen("text_encoder", Qwen3Model, device, dtype)
         net = folder.net("transformer", ZImageTransformer2DModel, device, dtype)
-        shape = shared.latent_shape(net.config.in_channels, self.size, factor, 2 * factor)
         longest = net.config.axes_lens[0] - 33  # positions: the text's, up to 31 of padding, the picture's one
         if self.max_tokens > longest:
             raise RecipeError(f"max_tokens is {self.max_tokens}", where="policy.backbone", hint=f"At most {longest}.")
-        tokens = (shape[1] // 2) * (shape[2] // 2)
         before = len(tokenizer(asked(tokenizer, "\0").split("\0")[0]).input_ids)  # the template ahead of the prompt
 
         @torch.no_grad()
@@ -95,35 +93,48 @@ class ZImage:
             for prompt in prompts:  # one by one: a text is then not padded
                 text = asked(tokenizer, prompt.text)
                 ids = tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids
-                states = text_encoder(input_ids=ids.to(device), output_hidden_states=True).hidden_states
-                encoded.append({"tokens": states[-2][0].to(dtype)})
+                states = text_encoder(input_ids=ids.to(text_encoder.device), output_hidden_states=True).hidden_states
+                encoded.append({"tokens": states[-2][0].to(device, dtype)})
             return encoded
 
-        def pipeline(prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str) -> Tensor:
-            own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
-            return shared.drawn(
-                ZImagePipeline(own, vae, text_encoder, tokenizer, net),
-                prompt=[prompt.text for prompt in prompts],
-                negative_prompt=[negative for _ in prompts],
-                height=self.size[0],
-                width=self.size[1],
-                num_inference_steps=steps,
-                guidance_scale=guidance - 1,
-                latents=noise,
-                max_sequence_length=self.max_tokens,
+        targets = shared.present(net, LAYERS)  # while it has no adapters
+
+        def at(size: tuple[int, int]) -> FlowModel:
+            here = replace(self, size=size)  # refuses one that does not fit
+            shape = shared.latent_shape(net.config.in_channels, size, factor, 2 * factor)
+            mu = shared.mu_of(scheduler, (shape[1] // 2) * (shape[2] // 2))
+
+            def pipeline(
+                prompts: Sequence[Prompt], noise: Tensor, steps: int, guidance: float, negative: str
+            ) -> Tensor:
+                own = type(scheduler).from_config(scheduler.config)  # a schedule is part of a scheduler
+                return shared.drawn(
+                    ZImagePipeline(own, vae, text_encoder, tokenizer, net),
+                    prompt=[prompt.text for prompt in prompts],
+                    negative_prompt=[negative for _ in prompts],
+                    height=here.size[0],
+                    width=here.size[1],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance - 1,
+                    latents=noise,
+                    max_sequence_length=self.max_tokens,
+                )
+
+            return FlowModel(
+                net=net,
+                velocity=velocity,
+                encode=encode,
+                decode=shared.decode_with(vae),
+                sigmas=shared.sigmas_with(scheduler, mu),
+                latent_shape=shape,
+                lora_targets=targets,
+                unread=lambda text: shared.cut_words(tokenizer, text, max(0, self.max_tokens - before)),
+                encode_media=shared.encode_with(vae),
+                collate=collate,
+                tasks=self.tasks,
+                encoders=(text_encoder,),
+                at=at,
+                pipeline=pipeline,
             )
 
-        return FlowModel(
-            net=net,
-            velocity=velocity,
-            encode=encode,
-            decode=shared.decode_with(vae),
-            sigmas=shared.sigmas_with(scheduler, shared.mu_of(scheduler, tokens)),
-            latent_shape=shape,
-            lora_targets=shared.present(net, LAYERS),
-            unread=lambda text: shared.cut_words(tokenizer, text, max(0, self.max_tokens - before)),
-            encode_media=shared.encode_with(vae),
-            collate=collate,
-            tasks=self.tasks,
-            pipeline=pipeline,
-        )
+        return at(self.size)

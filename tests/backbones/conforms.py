@@ -1,7 +1,8 @@
 """What every backbone that loads a pipeline folder has to do. A family's test file makes a tiny folder and calls these.
 
 parity    the pictures are those of diffusers' own pipeline, guidance on and off
-contract  schedule, velocity, latents, layers, and what stands in the same batch
+contract  schedule, velocity, latents, layers, what stands in the same batch, and pictures of other sizes
+frees     the encoders may live elsewhere than the model, and may be let go
 on_policy the recorded log-probabilities of a path are computed again to the bit or nearly
 trains    a recipe runs, with LoRA or with all weights
 exports   a saved LoRA is loaded by diffusers in one line, and draws the same
@@ -9,21 +10,26 @@ card      what the catalogue says without importing it
 """
 
 import copy
+import gc
 import itertools
 import json
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from rlkit import parity as measures
 from rlkit import pictures, recipe, registry, session
 from rlkit.dist import Processes
+from rlkit.errors import RecipeError
 from rlkit.policy import Lora, Policy
+from rlkit.resources import without_encoders
 from rlkit.tracking import Metrics
 from rlkit.types import FlowModel, Plan, Prompt, generator
 
@@ -72,8 +78,12 @@ def parity(
     guidance: Sequence[float] = GUIDANCE,
     steps: int = 3,
     tolerance: float = CLOSE,
+    others: Sequence[tuple[int, int]] = (),
 ) -> dict[float, float]:
-    """guidance -> the largest difference of a pixel. The pictures also have to depend on the prompt and on guidance."""
+    """guidance -> the largest difference of a pixel. The pictures also have to depend on the prompt and on guidance.
+
+    others: further sizes (height, width) that are compared; default: `other_sizes`.
+    """
     found = {scale: measures.pixels_apart(model, prompts, CPU, steps, scale) for scale in guidance}
     assert max(found.values()) <= tolerance, found
     noise = measures.initial_noise(model, 1).repeat(len(prompts), 1, 1, 1)
@@ -84,15 +94,26 @@ def parity(
     assert (drawn[0][0] - drawn[0][1]).abs().max() > 20 * tolerance, "the prompt is not read"
     for one, other in itertools.pairwise(drawn):
         assert (one - other).abs().max() > 20 * tolerance, "guidance does nothing"
+    assert model.at is not None, "it draws one size only"
+    for size in others or other_sizes(model):
+        apart = measures.pixels_apart(model.at(size), prompts, CPU, 2, guidance[-1])
+        assert apart <= tolerance, (size, apart)
     return found
+
+
+def other_sizes(model: FlowModel) -> tuple[tuple[int, int], ...]:
+    """(height, width) of its pictures laid on their side, and of a square of the longer side, so of more tokens."""
+    height, width = measures.picture_shape(model)[1:]
+    turned = (width, height) if height != width else (height, 2 * width)
+    return turned, (max(height, width), max(height, width))
 
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def contract(model: FlowModel, prompts: Sequence[Prompt]) -> None:
-    """prompts: two or more, of different length."""
+def contract(model: FlowModel, prompts: Sequence[Prompt], others: Sequence[tuple[int, int]] = ()) -> None:
+    """prompts: two or more, of different length; others: sizes that it draws too, by default `other_sizes`."""
     for steps in (1, 2, 7, 28):
         sigmas = model.sigmas(steps)
         assert (sigmas.shape, sigmas.dtype) == ((steps + 1,), torch.float32)
@@ -123,6 +144,64 @@ def contract(model: FlowModel, prompts: Sequence[Prompt]) -> None:
     for target in model.lora_targets:
         assert measures.linear_layers(model, target), target
     decodes_with_gradient(model)
+    sizes(model, prompts, others or other_sizes(model))
+
+
+@torch.no_grad()
+def sizes(model: FlowModel, prompts: Sequence[Prompt], others: Sequence[tuple[int, int]]) -> None:
+    """The model draws other sizes (height, width) with the same modules, and refuses those that do not fit."""
+    assert model.at is not None, "it draws one size only"
+    height, width = measures.picture_shape(model)[1:]
+    same = model.at((height, width))
+    assert same.latent_shape == model.latent_shape
+    assert torch.equal(same.sigmas(5), model.sigmas(5))
+    cond = model.collate(model.encode(prompts[:1]))
+    x, sigma = torch.randn(1, *model.latent_shape, generator=generator("sizes")), torch.tensor([0.5])
+    v = model.velocity(model.net, x, sigma, cond)
+    assert torch.equal(same.velocity(same.net, x, sigma, same.collate(same.encode(prompts[:1]))), v)
+    for size in others:
+        there = model.at(size)
+        assert there.net is model.net, "the network is one for all sizes"
+        assert there.encoders == model.encoders
+        assert measures.picture_shape(there) == (3, *size)
+        drawn = measures.collected(Policy(own(there), None, CPU, "fp32", 0), prompts, Plan(), 2)
+        assert drawn.media.shape == (len(prompts), 3, *size)
+    with pytest.raises((ValueError, RecipeError), match="multiple"):
+        model.at((height + 1, width))
+
+
+@torch.no_grad()
+def frees(prompts: Sequence[Prompt], name: str, **options: Any) -> None:
+    """Encoders that live on the CPU encode for a model that lives elsewhere, and the memory of those let go returns.
+
+    The model's other device is `meta`, which every machine has: it tells where a tensor is, and no values.
+    """
+    model = loaded(name, **options)
+    assert model.encoders, "which modules are the encoders?"
+    kept = {id(parameter) for parameter in model.net.parameters()}
+    assert not any(id(parameter) in kept for one in model.encoders for parameter in one.parameters())
+    away = registry.build("backbones", name, options).load(torch.device("meta"), torch.float32)
+    for there, here in zip(away.encoders, model.encoders, strict=True):
+        for one, other in zip(there.modules(), here.modules(), strict=True):
+            one._parameters.update(other._parameters)
+            one._buffers.update(other._buffers)
+    told, expected = away.encode(prompts), model.encode(prompts)
+    for one, other in zip(told, expected, strict=True):
+        assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
+        # What is read as numbers may stay on the CPU: integers, such as the grids of pictures.
+        wrong = [k for k, v in one.items() if v.device.type != "meta" and v.is_floating_point()]
+        assert not wrong, f"{wrong} stay where the encoders are"
+    alive = [weakref.ref(one) for one in model.encoders]
+    left = without_encoders(model, {})
+    del model, here, other, there
+    gc.collect()
+    assert not any(one() is not None for one in alive), "something besides encode, unread, pipeline and at holds them"
+    x = torch.zeros(1, *left.latent_shape)
+    v = left.velocity(left.net, x, torch.ones(1), left.collate(expected[:1]))
+    assert v.isfinite().all()
+    media = left.decode(x)
+    if left.encode_media is not None:
+        assert left.encode_media(media).shape == x.shape
 
 
 def decodes_with_gradient(model: FlowModel) -> None:
@@ -234,6 +313,9 @@ def exports(folder: Path, model: FlowModel, prompts: Sequence[Prompt], guidance:
         assert "load_lora_adapter" in line
         exec(line, {"transformer": model.net})  # the one line that the run's report shows
         after = model.pipeline(prompts, noise, 3, guidance, measures.NEGATIVE)
+    assert model.at is not None
+    again = model.at(measures.picture_shape(model)[1:])
+    assert again.lora_targets == model.lora_targets, "a size may be asked for once the network has adapters"
     assert (after - before).abs().max() > 20 * CLOSE, "the adapter does nothing"
     apart = float((after - ours).abs().max())
     assert apart <= CLOSE, apart

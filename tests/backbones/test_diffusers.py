@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,3 +220,25 @@ def test_layers_for_lora_have_to_be_there() -> None:
     for lost in ("o_q", "norm", "to_k"):
         with pytest.raises(RecipeError, match=f"has no linear layers called {lost}"):
             shared.present(net, ("to_q", lost))
+
+
+def test_an_autoencoder_is_given_its_own_type_by_a_pipeline_of_another() -> None:
+    vae = parts.autoencoder()
+    latents = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)
+
+    class Pipeline:
+        def set_progress_bar_config(self, disable: bool) -> None: ...
+
+        def __call__(self, fails: bool, output_type: str) -> SimpleNamespace:
+            pixels = vae.decode(latents, return_dict=False)[0]
+            assert vae.encode(pixels.bfloat16()).latent_dist.mode().dtype == torch.float32
+            if fails:
+                raise RuntimeError("out of memory")
+            return SimpleNamespace(images=pixels)
+
+    whole = Pipeline()
+    whole.vae = vae  # type: ignore[attr-defined]
+    assert shared.drawn(whole, fails=False).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shared.drawn(whole, fails=True)
+    assert not {"encode", "decode"} & set(vars(vae)), "it is left as it was"

@@ -7,6 +7,8 @@ import torch
 from backbones import conforms, parts
 from making import told
 
+from rlkit import parity as measures
+from rlkit import registry
 from rlkit.errors import RecipeError
 from rlkit.types import FlowModel
 
@@ -55,6 +57,14 @@ def test_pictures_are_those_of_the_pipeline(model: FlowModel) -> None:
     conforms.parity(model, PROMPTS)
 
 
+def test_pictures_are_those_of_the_pipeline_in_bf16_too(folder: Path) -> None:
+    backbone = registry.build("backbones", "flux", {"path": str(folder), "size": SIZE, "max_tokens": 40})
+    low = backbone.load(conforms.CPU, torch.bfloat16)
+    apart = measures.pixels_apart(low, PROMPTS, conforms.CPU, 3, 4.0, "bf16")
+    assert 1e-4 < apart < measures.TOLERANCES["bf16"]
+    assert measures.ratio_off(low, PROMPTS[:2], conforms.CPU, 4.0, "bf16") == 0
+
+
 def test_schnell_has_its_own_schedule_and_no_ear_for_guidance(tmp_path: Path, model: FlowModel) -> None:
     schnell = conforms.loaded("flux", path=str(save(tmp_path / "schnell", dev=False)), size=SIZE, max_tokens=40)
     conforms.parity(schnell, PROMPTS)
@@ -72,6 +82,10 @@ def test_the_network_is_told_the_guidance(folder: Path, model: FlowModel) -> Non
 
 def test_it_keeps_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
+
+
+def test_its_encoders_may_leave(folder: Path) -> None:
+    conforms.frees(PROMPTS, "flux", path=str(folder), size=SIZE, max_tokens=40)
 
 
 def test_a_path_is_computed_again_to_the_bit(model: FlowModel) -> None:

@@ -1,5 +1,6 @@
 """FLUX.2 dev and klein, a few thousand weights each, against diffusers' pipelines."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,11 @@ def test_it_does_what_every_backbone_does(load: Callable[..., FlowModel], kind: 
     conforms.contract(load(kind), PROMPTS)
 
 
+@pytest.mark.parametrize("kind", ["dev", "base"])
+def test_its_encoders_can_leave(folder: Callable[[str], Path], kind: str) -> None:
+    conforms.frees(PROMPTS[:2], "flux2", path=str(folder(kind)), size=[16, 32], max_tokens=90)
+
+
 def test_the_ratio_is_1_before_any_update(load: Callable[..., FlowModel]) -> None:
     conforms.on_policy(load("base"), PROMPTS)
 
@@ -108,9 +114,15 @@ def test_dev_is_told_its_guidance_and_klein_is_not(load: Callable[..., FlowModel
         assert (apart.abs().max() > 1e-4) == moves
 
 
-def test_the_shift_depends_on_the_steps(load: Callable[..., FlowModel]) -> None:
-    few, many = load("base").sigmas(10), load("base").sigmas(100)
+def test_the_shift_depends_on_the_steps_and_the_size(load: Callable[..., FlowModel]) -> None:
+    model = load("base")
+    few, many = model.sigmas(10), model.sigmas(100)
     assert few[5] != many[50]
+    assert model.at is not None
+    large = model.at((128, 128)).sigmas(10)  # 1024 tokens: the line of diffusers that is for 10 steps
+    shift = math.exp(8.73809524e-05 * 1024 + 1.89833333)
+    even = 1 - torch.arange(11) / 10
+    torch.testing.assert_close(large, shift * even / (1 + (shift - 1) * even), rtol=0, atol=1e-6)
 
 
 def test_every_picture_is_read_in_its_place(load: Callable[..., FlowModel]) -> None:

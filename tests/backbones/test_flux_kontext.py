@@ -75,6 +75,10 @@ def test_it_does_what_every_backbone_does(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_may_leave(folder: Path) -> None:
+    conforms.frees(PROMPTS, "flux_kontext", path=str(folder), **OPTIONS)
+
+
 def test_the_ratio_is_1_before_any_update(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS[1:])
 

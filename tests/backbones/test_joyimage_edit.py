@@ -1,6 +1,7 @@
-"""JoyAI-Image-Edit, the real classes with a few thousand random weights, against diffusers' pipeline."""
+"""JoyAI-Image-Edit and Edit-Plus, the real classes with a few thousand random weights, against diffusers' pipelines."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from backbones import conforms, tiny_words
+from torch import Tensor
 
 from rlkit import parity as measures
 from rlkit import registry
 from rlkit.backbones import joyimage_edit
+from rlkit.backbones.joyimage_edit import ONE, PLUS
 from rlkit.errors import DataError, RecipeError
 from rlkit.policy import Lora, Policy
 from rlkit.types import FlowModel, Plan, Prompt
@@ -25,6 +28,12 @@ SOURCES = (
     Prompt(2, "", source=picture("c", 48, 48)),
 )
 MIXED = (Prompt(0, "a red circle"), replace(SOURCES[1], id=1), Prompt(2, ""), replace(SOURCES[0], id=3))
+SEVERAL = (  # none, one and more, of different sizes
+    Prompt(0, "a red circle"),
+    SOURCES[1],
+    Prompt(2, "make it red", source=picture("a", 40, 64), references=(picture("d"), picture("e", 20, 60))),
+    Prompt(3, "", references=(picture("f", 64, 20), picture("g", 64, 40))),
+)
 PROCESSOR = {  # as the checkpoint has it, but for the sizes: the class that it names needs torchvision
     "image_processor_type": "Qwen2VLImageProcessorFast",
     "processor_class": "Qwen3VLProcessor",
@@ -68,15 +77,13 @@ def text_encoder(words: Any) -> Any:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **marks)).eval()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One latent pixel is 2 pixels wide."""
+def save(at: Path, pipeline: str) -> Path:
+    """A folder of this pipeline's class. One latent pixel is 2 pixels wide."""
     import diffusers
 
-    at = tmp_path_factory.mktemp(NAME) / "base"
     words = tiny_words.qwen_tokenizer()
     with conforms.seeded():
-        net = diffusers.JoyImageEditTransformer3DModel(
+        net = getattr(diffusers, joyimage_edit.NETS[pipeline])(
             in_channels=4,
             hidden_size=32,
             num_attention_heads=2,
@@ -100,21 +107,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=4.0)
     processor: Any = None  # the real one needs torchvision
     tiny_words.shaken(net)
-    diffusers.JoyImageEditPipeline(scheduler, vae, encoder, words, net, processor).save_pretrained(at)
+    getattr(diffusers, pipeline)(scheduler, vae, encoder, words, net, processor).save_pretrained(at)
     (at / "processor").mkdir()
-    (at / "processor" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    if pipeline == PLUS:  # as that checkpoint has it
+        whole = {"image_processor": PROCESSOR, "processor_class": "Qwen3VLProcessor"}
+        (at / "processor" / "processor_config.json").write_text(json.dumps(whole))
+    else:
+        (at / "processor" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     index = json.loads((at / "model_index.json").read_text())
     (at / "model_index.json").write_text(json.dumps(index | {"processor": ["transformers", "Qwen3VLProcessor"]}))
     return at
 
 
+@pytest.fixture(scope="module")
+def of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a pipeline."""
+    made: dict[str, Path] = {}
+
+    def at(pipeline: str) -> Path:
+        if pipeline not in made:
+            made[pipeline] = save(tmp_path_factory.mktemp(pipeline) / "base", pipeline)
+        return made[pipeline]
+
+    return at
+
+
+@pytest.fixture(scope="module")
+def folder(of: Callable[[str], Path]) -> Path:
+    return of(ONE)
+
+
 def load(folder: Path, **options: Any) -> FlowModel:
-    return conforms.loaded(NAME, path=str(folder), **({"size": SIZE} | options))
+    return conforms.loaded(NAME, path=str(folder), **({"size": SIZE, "picture_area": 32 * 32} | options))
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> FlowModel:
     return load(folder)
+
+
+@pytest.fixture(scope="module")
+def plus(of: Callable[[str], Path]) -> FlowModel:
+    return load(of(PLUS))
 
 
 def test_the_card() -> None:
@@ -129,25 +163,48 @@ def test_pictures_drawn_from_words_are_those_of_the_pipeline(model: FlowModel) -
     conforms.parity(model, [replace(prompt, source=None) for prompt in SOURCES])
 
 
-def test_it_does_what_every_backbone_does(model: FlowModel) -> None:
+def test_pictures_are_those_of_the_pipeline_that_reads_several(plus: FlowModel) -> None:
+    conforms.parity(plus, SEVERAL)
+
+
+def test_it_does_what_every_backbone_does(model: FlowModel, plus: FlowModel) -> None:
     conforms.contract(model, SOURCES)
     conforms.contract(model, MIXED)
+    conforms.contract(plus, SEVERAL)
 
 
-def test_the_ratio_is_1_before_any_update(model: FlowModel) -> None:
+@pytest.mark.parametrize("pipeline", [ONE, PLUS])
+def test_its_encoders_can_leave(of: Callable[[str], Path], pipeline: str) -> None:
+    conforms.frees(SEVERAL[:2], NAME, path=str(of(pipeline)), size=SIZE, picture_area=1024)
+
+
+def test_each_checkpoint_says_what_it_can_do(model: FlowModel, plus: FlowModel) -> None:
+    assert model.tasks == ("t2i", "edit")
+    assert plus.tasks == ("t2i", "edit", "in_context")
+
+
+def test_the_ratio_is_1_before_any_update(model: FlowModel, plus: FlowModel) -> None:
     conforms.on_policy(model, MIXED)
+    conforms.on_policy(plus, SEVERAL)
 
 
 @pytest.mark.parametrize(("algorithm", "train", "guidance"), conforms.RUNS)
-def test_a_recipe_trains_it(folder: Path, tmp_path: Path, algorithm: str, train: str, guidance: float) -> None:
-    edits = train == "lora"
-    data = conforms.picture_prompts(tmp_path / "data") if edits else None
-    options = {"name": NAME, "path": str(folder), "size": [16, 16]}
+def test_a_recipe_trains_it(
+    of: Callable[[str], Path], tmp_path: Path, algorithm: str, train: str, guidance: float
+) -> None:
+    """Edit with a source, Plus with several pictures, and both with words alone."""
+    edits, one = train == "lora", (algorithm, train) in (("flow_grpo", "lora"), ("diffusion_nft", "full"))
+    data = conforms.picture_prompts(tmp_path / "data", references=0 if one else 2) if edits else None
+    options = {"name": NAME, "path": str(of(ONE if one else PLUS)), "size": [16, 16], "picture_area": 1024}
     conforms.trains(tmp_path / "run", options, algorithm, train, guidance, data)
 
 
-def test_diffusers_loads_what_was_trained(folder: Path, tmp_path: Path) -> None:
-    conforms.exports(tmp_path, load(folder), MIXED, 3.0)
+@pytest.mark.parametrize(("pipeline", "prompts"), [(ONE, MIXED), (PLUS, SEVERAL)])
+def test_diffusers_loads_what_was_trained(
+    of: Callable[[str], Path], tmp_path: Path, pipeline: str, prompts: tuple[Prompt, ...]
+) -> None:
+    model = load(of(pipeline))
+    conforms.exports(tmp_path, model, prompts, 3.0)
 
 
 def test_the_network_of_a_plain_pipeline_loads_it_once_it_is_adaptable(folder: Path, tmp_path: Path) -> None:
@@ -198,6 +255,33 @@ def test_the_source_is_read_by_both(model: FlowModel) -> None:
     assert (before - after).abs().max() > 1e-3
 
 
+def test_every_picture_is_read_in_its_place(plus: FlowModel) -> None:
+    def drawn(prompt: Prompt) -> Tensor:
+        x = torch.zeros(1, *plus.latent_shape)
+        with torch.no_grad():
+            return plus.velocity(plus.net, x, torch.ones(1), plus.collate(plus.encode([prompt])))
+
+    before = drawn(SEVERAL[3])
+    first, second = SEVERAL[3].references
+    for others in ((second, first), (first, picture("other", 64, 40)), (picture("other", 64, 20), second), (first,)):
+        assert (drawn(replace(SEVERAL[3], references=others)) - before).abs().max() > 1e-3
+
+
+def test_pictures_are_brought_to_the_nearest_of_a_list_of_sizes(plus: FlowModel) -> None:
+    from diffusers.pipelines.joyimage.image_processor import BUCKETS, find_best_bucket
+
+    sizes = [(h, w) for h in range(100, 3000, 170) for w in range(100, 3000, 170)]
+    usual = joyimage_edit.nearest(BUCKETS[1024], 1024 * 1024, 16)
+    assert all(usual(*size) == find_best_bucket(*size, 1024) for size in sizes)
+    small = joyimage_edit.nearest(BUCKETS[1024], 256 * 256, 16)
+    assert small(900, 900) == (256, 256)
+    assert small(1080, 1920) == (192, 336)  # 768 x 1344 at full size
+    assert all(small(*small(*size)) == small(*size) for size in sizes), "the pipeline asks twice"
+    (condition,) = plus.encode([SEVERAL[3]])
+    tiny = joyimage_edit.nearest(BUCKETS[1024], 32 * 32, 4)
+    assert condition["grids"].tolist() == [[side // 4 for side in tiny(64, 20)], [side // 4 for side in tiny(64, 40)]]
+
+
 def test_the_encoder_gives_pictures_two_axes_of_positions(model: FlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
@@ -223,9 +307,11 @@ def test_guidance_keeps_the_length_of_each_pixel() -> None:
     assert joyimage_edit.rescaled(torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1, 1), 4.0).isfinite().all()
 
 
-def test_too_many_pictures(model: FlowModel) -> None:
+def test_too_many_pictures(model: FlowModel, plus: FlowModel) -> None:
     with pytest.raises(DataError, match="has 2 pictures, and this backbone reads 0 to 1"):
         model.encode([replace(SOURCES[0], references=(picture("d"),))])
+    with pytest.raises(DataError, match="has 7 pictures, and this backbone reads 0 to 6"):
+        plus.encode([replace(SOURCES[0], references=(picture("d"),) * 6)])
 
 
 def test_a_long_prompt_is_cut_and_what_is_lost_is_named(folder: Path) -> None:
@@ -243,11 +329,14 @@ def test_a_prompt_cannot_stand_for_a_picture(model: FlowModel, mark: str) -> Non
     assert torch.equal(plain["tokens"], marked["tokens"])
 
 
+@pytest.mark.parametrize(("pipeline", "drawn"), [(ONE, SOURCES[:2]), (PLUS, SEVERAL[2:])])
 @torch.no_grad()
-def test_in_bfloat16_pictures_stay_near_the_pipeline(folder: Path) -> None:
+def test_in_bfloat16_pictures_stay_near_the_pipeline(
+    of: Callable[[str], Path], pipeline: str, drawn: tuple[Prompt, ...]
+) -> None:
     """As on a large machine: a LoRA that changes nothing yet beside a network that is rounded."""
-    cpu, drawn = torch.device("cpu"), SOURCES[:2]
-    backbone = registry.build("backbones", NAME, {"path": str(folder), "size": SIZE})
+    cpu = torch.device("cpu")
+    backbone = registry.build("backbones", NAME, {"path": str(of(pipeline)), "size": SIZE, "picture_area": 1024})
     model = backbone.load(cpu, torch.bfloat16)
     policy = Policy(conforms.own(model), Lora(rank=2), cpu, "bf16", 0, 3.0, measures.NEGATIVE)
     ours = model.decode(measures.collected(policy, drawn, Plan(), 3).latents)
@@ -262,6 +351,7 @@ def test_in_bfloat16_pictures_stay_near_the_pipeline(folder: Path) -> None:
         ({"size": [100, 96]}, r"try \[96, 96\]"),
         ({"max_tokens": 0}, "between 1 and 2000"),
         ({"max_tokens": 2001}, "2001"),
+        ({"picture_area": 9}, "32 x 32"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
@@ -270,7 +360,7 @@ def test_options_that_cannot_be(options: dict[str, object], said: str) -> None:
 
 
 def test_a_checkpoint_of_another_family_is_named(folder: Path, tmp_path: Path) -> None:
-    for name, said in (("QwenImageEditPipeline", "'qwen_image_edit'"), ("JoyImageEditPlusPipeline", "No backbone")):
+    for name, said in (("QwenImageEditPipeline", "'qwen_image_edit'"), ("AnimaPipeline", "No backbone")):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(RecipeError, match=name) as error:
             load(tmp_path)

@@ -50,6 +50,10 @@ def test_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_can_leave(options: dict[str, Any]) -> None:
+    conforms.frees(PROMPTS[:2], **options)
+
+
 def test_log_probabilities_are_those_of_the_path(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS[:2])
 
@@ -60,7 +64,8 @@ def test_it_trains(options: dict[str, Any], algorithm: str, train: str, guidance
 
 
 def test_diffusers_loads_the_lora(options: dict[str, Any], tmp_path: Path) -> None:
-    conforms.exports(tmp_path, conforms.loaded(**options), PROMPTS[:2], guidance=2.0)
+    model = conforms.loaded(**options)
+    conforms.exports(tmp_path, model, PROMPTS[:2], guidance=2.0)
 
 
 @pytest.mark.parametrize(

@@ -296,13 +296,16 @@ def test_patches_are_put_back() -> None:
     assert torch.equal(_omnigen2.patches(x)[0, 1, :4], x[0, :, 0, 2])  # channels are next to each other
 
 
-def test_the_schedule_follows_the_size() -> None:
+def test_the_schedule_follows_the_size(model: FlowModel) -> None:
     times = torch.arange(9) / 8  # the authors' scheduler: t / (m - m t + t), from 0 for noise to 1 for data
     m = math.sqrt(128 * 128) / 40
     expected = 1 - times / (m - m * times + times)
     torch.testing.assert_close(_omnigen2.Schedule(True).sigmas(8, 128, 128), expected, rtol=0, atol=1e-6)
     assert _omnigen2.Schedule(True).sigmas(4, 40, 40).tolist() == [1, 0.75, 0.5, 0.25, 0]
     assert _omnigen2.Schedule(False).sigmas(4, 128, 128).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert model.at is not None
+    assert model.at((80, 80)).sigmas(4).tolist() == [1, 0.75, 0.5, 0.25, 0]  # a latent pixel is 2 pixels wide
+    assert model.sigmas(4).tolist() != [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_activations_computed_again_give_the_same_gradient(model: FlowModel) -> None:
@@ -352,6 +355,10 @@ def test_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_can_leave(options: dict[str, Any]) -> None:
+    conforms.frees(PROMPTS[:3], **options)
+
+
 def test_log_probabilities_are_those_of_the_path(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS)
 
@@ -376,6 +383,8 @@ def test_a_lora_is_loaded_again_in_one_line(options: dict[str, Any], tmp_path: P
     after = answer(model, PROMPTS[2])
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(after, trained, rtol=0, atol=1e-5)
+    assert model.at is not None
+    assert model.at((32, 16)).lora_targets == model.lora_targets, "with its adapters too"
 
 
 @torch.no_grad()

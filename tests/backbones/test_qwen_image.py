@@ -1,5 +1,6 @@
 """Qwen-Image of a few thousand weights, against diffusers' pipeline."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,10 @@ def test_it_does_what_every_backbone_does(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_can_leave(folder: Path) -> None:
+    conforms.frees(PROMPTS[:2], "qwen_image", path=str(folder), size=[16, 32])
+
+
 def test_the_ratio_is_1_before_any_update(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS)
 
@@ -49,6 +54,15 @@ def test_a_recipe_trains_it(folder: Path, tmp_path: Path, algorithm: str, train:
 def test_diffusers_loads_what_was_trained(folder: Path, tmp_path: Path) -> None:
     model = conforms.loaded("qwen_image", path=str(folder), size=[16, 16])
     conforms.exports(tmp_path, model, PROMPTS, 3.0)
+
+
+def test_larger_pictures_are_shifted_more(model: FlowModel) -> None:
+    assert model.at is not None
+    shift = math.exp(0.5 + (128 * 128 - 256) * (0.9 - 0.5) / (8192 - 256))  # by the scheduler's options
+    even = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    plain = shift * even / (1 + (shift - 1) * even)
+    expected = 1 - (1 - plain) * (1 - 0.02) / (1 - plain[-1])  # stretched, so that it ends at 0.02
+    torch.testing.assert_close(model.at((512, 512)).sigmas(4)[:-1], expected, rtol=0, atol=1e-5)
 
 
 def test_the_chat_ahead_of_a_prompt_is_left_out(model: FlowModel) -> None:

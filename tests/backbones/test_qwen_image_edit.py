@@ -84,6 +84,11 @@ def test_it_does_what_every_backbone_does(one: FlowModel, plus: FlowModel) -> No
     conforms.contract(plus, SEVERAL)
 
 
+@pytest.mark.parametrize("pipeline", [ONE, PLUS])
+def test_its_encoders_can_leave(folder: Callable[[str], Path], pipeline: str) -> None:
+    conforms.frees(SOURCES[:2], "qwen_image_edit", path=str(folder(pipeline)), **OPTIONS)
+
+
 def test_the_ratio_is_1_before_any_update(plus: FlowModel) -> None:
     conforms.on_policy(plus, SEVERAL)
 
@@ -99,7 +104,8 @@ def test_a_recipe_trains_it(
 
 
 def test_diffusers_loads_what_was_trained(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    conforms.exports(tmp_path, load(folder(PLUS)), SEVERAL, 3.0)
+    model = load(folder(PLUS))
+    conforms.exports(tmp_path, model, SEVERAL, 3.0)
 
 
 def test_each_checkpoint_says_what_it_can_do(one: FlowModel, plus: FlowModel) -> None:

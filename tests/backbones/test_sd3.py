@@ -80,6 +80,10 @@ def test_it_keeps_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_may_leave(folder: Path) -> None:
+    conforms.frees(PROMPTS, "sd3", path=str(folder), size=SIZE, max_tokens=40)
+
+
 def test_a_path_is_computed_again_to_the_bit(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS[:2])
 

@@ -128,6 +128,10 @@ def test_it_keeps_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_may_leave(folder: Path) -> None:
+    conforms.frees(PROMPTS, "sdxl", path=str(folder), size=SIZE)
+
+
 def test_a_path_is_computed_again_to_the_bit(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS[:2])
 

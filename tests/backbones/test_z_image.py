@@ -75,6 +75,10 @@ def test_the_contract(model: FlowModel) -> None:
     conforms.contract(model, PROMPTS)
 
 
+def test_its_encoders_may_leave(options: dict[str, Any]) -> None:
+    conforms.frees(PROMPTS, **options)
+
+
 def test_log_probabilities_are_those_of_the_path(model: FlowModel) -> None:
     conforms.on_policy(model, PROMPTS[:2])
 

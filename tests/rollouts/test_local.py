@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from making import told
+from test_resources import OWN, WIDE, sized_policy
 from torch import Tensor, nn
 
 from rlkit import flow
@@ -372,3 +373,37 @@ def test_parts_are_told_of_as_they_are_finished(tiny_policy: Policy, context: Ma
     told.clear()
     Local(steps=2).start(tiny_policy, Processes()).collect(PROMPTS, Plan(), here)
     assert not told, "one part is the whole step"
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_drawn_at_their_size(context: MakeContext) -> None:
+    policy = sized_policy(guidance=2.0)
+    wide = PromptBatch(tuple(replace(prompt, size=WIDE) for prompt in PROMPTS.prompts), group=2)
+    samples = collect(policy, planned(), context(), prompts=wide)
+    assert samples.latents.shape == (6, 4, WIDE[0] // 2, WIDE[1] // 2)
+    assert samples.media.shape == (6, 3, *WIDE)
+    assert samples.sigmas is not None
+    assert torch.equal(samples.sigmas, policy.model_at(WIDE).sigmas(STEPS)), "the schedule of its size"
+    assert not torch.equal(samples.sigmas, policy.model.sigmas(STEPS))
+    path = path_of(samples)
+    keys = [prompt.key for prompt in samples.prompts]
+    with torch.no_grad():
+        v = policy.models.current.velocity(path.states[:, 0], path.sigmas[:1].expand(6), keys)
+    mean, _ = flow.sde_step(path.states[:, 0], v, path.sigmas[0], path.sigmas[1], 0.7, "flow", path.sigma_max)
+    torch.testing.assert_close(mean, path.means[:, 0], rtol=0, atol=1e-6)
+
+
+def test_a_size_that_is_the_backbones_own_changes_no_number(context: MakeContext) -> None:
+    policy = sized_policy()
+    named = PromptBatch(tuple(replace(prompt, size=OWN) for prompt in PROMPTS.prompts), group=2)
+    plain, sized = (collect(policy, planned(), context(), prompts=one) for one in (PROMPTS, named))
+    assert torch.equal(plain.latents, sized.latents)
+    assert torch.equal(plain.media, sized.media)
+
+
+def test_prompts_of_several_sizes_are_not_drawn_together(context: MakeContext) -> None:
+    mixed = PromptBatch((PROMPTS.prompts[0], replace(PROMPTS.prompts[1], size=WIDE)), group=2)
+    with pytest.raises(ValueError, match="several sizes cannot be drawn together: the backbone's own, 4 x 8"):
+        collect(sized_policy(), planned(), context(), prompts=mixed)
