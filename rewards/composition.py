@@ -1,4 +1,4 @@
-"""Does the picture show what a caption of the tiny world says? Rules read it back; no model is involved."""
+"""Does the picture show what a text of the tiny world asks for? Rules read it back; no model is involved."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlkit.world.checker import Verdict, check_batch
-from rlkit.world.grammar import Caption, parse
+from rlkit.world.obeys import Asked, check_asked
 
 if TYPE_CHECKING:
-    from rlkit.types import Samples
+    from rlkit.types import Prompt, Samples
 
 SCORES = ("strict", "graded", "mixed")
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Whether a picture of the embedded world makes its caption true: strict, graded, or the mean of both.
+    """Whether a picture of the embedded world is what was asked for: strict, graded, or the mean of both.
+
+    Asked for is a caption; with a source picture an edit of it, which leaves the rest where it was; with references a
+    scene that holds what they show. What pictures show is read from their pixels.
 
     score: 'strict' is 1 when every claim is true and nothing else is in the picture; 'graded' gives partial credit
     below .5; 'mixed' is their mean, so that a group without a fully true picture still has a signal. Report strict:
     partial credit alone can look healthy in a picture that breaks a claim.
 
-    Returns (values [N], {"strict": [N], "graded": [N]}); NaN, that is not scored, where a prompt is no caption.
+    Returns (values [N], {"strict": [N], "graded": [N]}); NaN, that is not scored, where a prompt asks for
+    nothing of this world.
     """
 
     score: str = "mixed"
 
     reads = ("prompt",)
+    optional = ("source", "references")
     range = (0.0, 1.0)
     higher_is_better = True
     components = ("strict", "graded")
@@ -40,7 +44,7 @@ class Composition:
     licence = "Apache-2.0"
     size = "none"
     protocol = "this repository, rlkit/world/checker.py"
-    version = "1"
+    version = "2"
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -49,25 +53,16 @@ class Composition:
             raise ValueError(f"score={self.score!r} is none of {', '.join(SCORES)}{hint}")
 
     def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        captions = [_caption(prompt.text) for prompt in samples.prompts]
-        scored = [row for row, caption in enumerate(captions) if caption is not None]
-        images = samples.media.detach()[scored].to("cpu", torch.float32).numpy()
-        verdicts = check_batch(images, [caption for caption in captions if caption is not None])
-        strict, graded = _columns(verdicts, scored, len(captions))
+        asked = [_asked(prompt) for prompt in samples.prompts]
+        images = samples.media.detach().to("cpu", torch.float32).numpy()
+        verdicts = check_asked(images, asked)
+        strict = torch.tensor([math.nan if one is None else one.strict for one in verdicts])
+        graded = torch.tensor([math.nan if one is None else one.graded for one in verdicts])
         values = {"strict": strict, "graded": graded, "mixed": (strict + graded) / 2}[self.score]
         return values, {"strict": strict, "graded": graded}
 
 
-def _caption(text: str) -> Caption | None:
-    try:
-        return parse(text)
-    except ValueError:
-        return None  # a prompt from elsewhere: nothing here can say whether the picture fits it
-
-
-def _columns(verdicts: list[Verdict], rows: list[int], n: int) -> tuple[Tensor, Tensor]:
-    """Strict and graded, each [N], NaN outside `rows`."""
-    strict, graded = torch.full((n,), math.nan), torch.full((n,), math.nan)
-    strict[rows] = torch.tensor([verdict.strict for verdict in verdicts], dtype=torch.float32)
-    graded[rows] = torch.tensor([verdict.graded for verdict in verdicts], dtype=torch.float32)
-    return strict, graded
+def _asked(prompt: Prompt) -> Asked:
+    source = None if prompt.source is None else prompt.source.detach().to("cpu", torch.float32).numpy()
+    references = (one.detach().to("cpu", torch.float32).numpy() for one in prompt.references)
+    return Asked(prompt.text, source, tuple(references))

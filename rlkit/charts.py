@@ -252,8 +252,8 @@ def sheets(folder: Path) -> list[Sheet]:
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             _open(picture)
-            numbers = (known[name] for name in ("at", "stage", "width", "height", "given", "columns"))
-            found.append(Sheet(picture, *numbers, tuple(known["items"])))
+            numbers = {name: known[name] for name in ("at", "stage", "width", "height", "given", "columns")}
+            found.append(Sheet(picture, items=tuple(known["items"]), **numbers))
         except (OSError, ValueError, KeyError):
             continue
     return sorted(found, key=lambda sheet: sheet.at)

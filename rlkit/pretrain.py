@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from rlkit import flow
 from rlkit.backbones import tiny
 from rlkit.types import generator
-from rlkit.world import checker, grammar, scenes
+from rlkit.world import grammar, instructions, obeys, scenes
+from rlkit.world.instructions import Example
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Pretraining:
     ema: float = 0.9993
     no_caption: float = 0.1  # share of empty captions, so that classifier-free guidance is possible
     wrong_captions: float = 0.0  # share of pictures told by the caption of another picture
+    edit: float = 0.0  # share of each batch that edits a picture; any such share makes a network for `tiny_omni`
+    in_context: float = 0.0  # share of each batch that puts what other pictures show into one
     start: str | None = None  # a folder that an earlier run wrote, to go on from its weights; None: from nothing
     seed: int = 0
     threads: int = 1
@@ -48,42 +51,84 @@ class Pretraining:
     stop_at: int | None = None  # samples after which to stop inside the schedule; None: at its end
 
     def __post_init__(self) -> None:
-        for name, share in (("no_caption", self.no_caption), ("wrong_captions", self.wrong_captions)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is a share of the captions within [0, 1), not {share}")
+        for name in ("no_caption", "wrong_captions", "edit", "in_context"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a share within [0, 1), not {getattr(self, name)}")
+        if self.edit + self.in_context > 1:
+            raise ValueError(f"edit and in_context are shares of one batch: {self.edit} + {self.in_context} > 1")
         if self.start is not None and not (Path(self.start) / "scores.json").is_file():
             raise ValueError(f"start must be a folder that rlkit pretrain-world wrote, not {self.start!r}")
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each task, its share of a batch."""
+        return {"t2i": 1 - self.edit - self.in_context, "edit": self.edit, "in_context": self.in_context}
+
+    @property
+    def shown(self) -> int:
+        """How many pictures the network sees."""
+        return tiny.SHOWN if self.edit or self.in_context else 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts of a tiny backbone, and how many pictures it sees."""
+
+    net: nn.Module
+    text_encoder: nn.Module
+    autoencoder: tiny.PatchAutoencoder
+    shown: int
+
+    def condition(self, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
+        """What the network is told: these texts, and the examples' own pictures."""
+        tokens, pooled = tiny.encode_tokens(self.text_encoder, tiny.token_ids(texts))
+        told = {"tokens": tokens, "pooled": pooled}
+        if self.shown:
+            rendered = iter(torch.from_numpy(scenes.render_scenes([s for one in examples for s in one.shown])))
+            pictures = [[next(rendered) for _ in one.shown] for one in examples]
+            told["pictures"] = tiny.encode_pictures(self.autoencoder, pictures, self.shown)
+        return told
+
 
 @torch.no_grad()
-def draw(net: nn.Module, text_encoder: nn.Module, autoencoder: tiny.PatchAutoencoder, texts: Sequence[str], seed: int,
-         steps: int = 10) -> Tensor:  # fmt: skip
-    """Pictures [N, 3, H, W] for texts: Euler steps without guidance."""
+def draw(parts: Parts, examples: Sequence[Example], seed: int, steps: int = 10) -> Tensor:
+    """Pictures [N, 3, H, W] for the examples' instructions: Euler steps without guidance."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     schedule = tiny.sigmas(FlowMatchEulerDiscreteScheduler(shift=1.0), steps).tolist()
-    x = torch.randn(len(texts), tiny.COMPONENTS, tiny.GRID, tiny.GRID, generator=generator(seed, "draw"))
-    tokens, pooled = tiny.encode_tokens(text_encoder, tiny.token_ids(texts))
+    x = torch.randn(len(examples), tiny.COMPONENTS, tiny.GRID, tiny.GRID, generator=generator(seed, "draw"))
+    condition = parts.condition([example.text for example in examples], examples)
     for sigma, sigma_next in pairwise(schedule):
-        v = tiny.velocity(net, x, torch.full((len(x),), sigma), {"tokens": tokens, "pooled": pooled})
+        v = tiny.velocity(parts.net, x, torch.full((len(x),), sigma), condition)
         x = flow.ode_step(x, v, sigma, sigma_next)
-    return (autoencoder.decode(x) * 255).round() / 255
+    return (parts.autoencoder.decode(x) * 255).round() / 255
 
 
-def evaluate(net: nn.Module, text_encoder: nn.Module, autoencoder: tiny.PatchAutoencoder, split: str, count: int,
-             seed: int = 1) -> dict[str, float]:  # fmt: skip
-    """Strict and graded means over a split, and strict by kind."""
-    captions = grammar.panel(split, count)
-    pictures = draw(net, text_encoder, autoencoder, [caption.text for caption in captions], seed)
-    verdicts = checker.check_batch(pictures.numpy(), captions)
+def evaluate(parts: Parts, task: str, split: str, count: int, seed: int = 1) -> dict[str, float]:
+    """Strict and graded means of a task over a split, and strict by kind."""
+    examples = instructions.panel(task, split, count)
+    verdicts = obeys.check_asked(draw(parts, examples, seed).numpy(), [obeys.asked(example) for example in examples])
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    if len(judged) != count:
+        raise RuntimeError(f"{count - len(judged)} of the world's own examples of {task} cannot be judged")
     scores = {
-        "strict": float(np.mean([verdict.strict for verdict in verdicts])),
-        "graded": float(np.mean([verdict.graded for verdict in verdicts])),
+        "strict": float(np.mean([verdict.strict for verdict in judged])),
+        "graded": float(np.mean([verdict.graded for verdict in judged])),
     }
-    for kind in grammar.KINDS:
-        of_kind = [v.strict for v, c in zip(verdicts, captions, strict=True) if c.kind == kind]
+    for kind in instructions.kinds(task):
+        of_kind = [v.strict for v, e in zip(judged, examples, strict=True) if e.kind == kind]
         scores[f"strict/{kind}"] = float(np.mean(of_kind))
     return {name: round(value, 4) for name, value in scores.items()}
+
+
+def _evaluate_all(parts: Parts, settings: Pretraining, split: str, count: int) -> dict[str, float]:
+    """The scores of every task that is trained, those of the captions under their bare names."""
+    found: dict[str, float] = {}
+    for task, share in settings.shares.items():
+        if share > 0:
+            prefix = "" if task == "t2i" else f"{task}/"
+            found |= {f"{prefix}{name}": value for name, value in evaluate(parts, task, split, count).items()}
+    return found
 
 
 def _rate(settings: Pretraining, seen: int) -> float:
@@ -110,31 +155,33 @@ def pretrain(out: Path, settings: Pretraining, say: Callable[[str], None] = prin
     numbers = np.random.default_rng(settings.seed)
     draws = generator(settings.seed, "pretrain")
     if settings.start is None:
-        net, text_encoder, autoencoder = tiny.new_transformer(), tiny.new_text_encoder(), tiny.PatchAutoencoder()
+        net = tiny.new_transformer(settings.shown)
+        parts = Parts(net, tiny.new_text_encoder(), tiny.PatchAutoencoder(), settings.shown)
         fitting = scenes.render_batch(grammar.draw("train", 4000, numbers), numbers)
-        explained = autoencoder.fit(torch.from_numpy(fitting))
+        explained = parts.autoencoder.fit(torch.from_numpy(fitting))
         say(f"autoencoder: {tiny.COMPONENTS} components explain {explained:.4f} of the variance")
     else:
-        net, text_encoder, autoencoder = _load(Path(settings.start))
+        parts = _widened(_load(Path(settings.start)), settings.shown)
         say(f"going on from {settings.start}")
 
-    trained = nn.ModuleList([net, text_encoder]).train()
+    trained = nn.ModuleList([parts.net, parts.text_encoder]).train()
     average = copy.deepcopy(trained).eval().requires_grad_(False)
+    averaged = replace(parts, net=average[0], text_encoder=average[1])
     parameters = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     started, history, running, seen = time.monotonic(), [], [], 0
     best: dict[str, float] = {}
     while seen < settings.samples:
-        captions = grammar.draw("train", settings.batch, numbers)
-        pictures = torch.from_numpy(scenes.render_batch(captions, numbers))
+        examples = _batch(settings, numbers)
+        pictures = torch.from_numpy(scenes.render_scenes([example.answer for example in examples]))
         dropped = numbers.random(settings.batch) < settings.no_caption
-        told = _misled(captions, settings.wrong_captions)
-        texts = ["" if drop else caption.text for caption, drop in zip(told, dropped, strict=True)]
-        clean = autoencoder.encode(pictures)
+        told = _misled([example.text for example in examples], settings.wrong_captions)
+        texts = ["" if drop else text for text, drop in zip(told, dropped, strict=True)]
+        clean = parts.autoencoder.encode(pictures)
         noise = torch.randn(clean.shape, generator=draws)
         sigma = _noise_levels(settings.batch, draws)
-        tokens, pooled = tiny.encode_tokens(text_encoder, tiny.token_ids(texts))
-        v = tiny.velocity(net, flow.interpolate(clean, noise, sigma), sigma, {"tokens": tokens, "pooled": pooled})
+        condition = parts.condition(texts, examples)
+        v = tiny.velocity(parts.net, flow.interpolate(clean, noise, sigma), sigma, condition)
         loss = (v - flow.velocity_target(clean, noise)).pow(2).mean()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _rate(settings, seen)
@@ -148,26 +195,49 @@ def pretrain(out: Path, settings: Pretraining, say: Callable[[str], None] = prin
             torch._foreach_lerp_(list[Tensor](average.parameters()), list[Tensor](parameters), 1 - decay)
         running.append(loss.item())
         if before // settings.evaluate_every != seen // settings.evaluate_every or seen >= settings.samples:
-            best = evaluate(average[0], average[1], autoencoder, "validation", settings.evaluate_on)
+            best = _evaluate_all(averaged, settings, "validation", settings.evaluate_on)
             minutes = (time.monotonic() - started) / 60
             stand = {"samples": seen, "minutes": round(minutes, 2), "loss": round(float(np.mean(running)), 4)}
             history.append(stand | best)
             running.clear()
             say(str(history[-1]))
-            tiny.save(out, average[0], average[1], autoencoder, {"settings": asdict(settings), "history": history})
+            tiny.save(
+                out, average[0], average[1], parts.autoencoder, {"settings": asdict(settings), "history": history}
+            )
             if best["strict"] >= settings.stop_strict or seen >= (settings.stop_at or settings.samples):
                 break
     return finish(out, settings, history)
 
 
-def _misled(captions: list[grammar.Caption], share: float) -> list[grammar.Caption]:
-    """The captions, the first `share` of them moved on by one place: each of these tells of its neighbour's picture."""
-    count = round(share * len(captions))
-    return captions[1:count] + captions[:1] + captions[count:] if count > 1 else captions
+def _batch(settings: Pretraining, numbers: np.random.Generator) -> list[Example]:
+    """One batch's examples, the tasks one after another."""
+    counts = grammar.quotas(settings.batch, settings.shares)
+    return [one for task, n in counts.items() if n for one in instructions.draw(task, "train", n, numbers)]
 
 
-def _load(folder: Path) -> tuple[nn.Module, nn.Module, tiny.PatchAutoencoder]:
-    """The network, the text encoder and the autoencoder of a folder, in fp32."""
+def _misled(texts: list[str], share: float) -> list[str]:
+    """The texts, the first `share` of them moved on by one place: each of these tells of its neighbour's picture."""
+    count = round(share * len(texts))
+    return texts[1:count] + texts[:1] + texts[count:] if count > 1 else texts
+
+
+def _widened(parts: Parts, shown: int) -> Parts:
+    """The same parts, the network seeing `shown` pictures: at first it looks at none of those that it did not see."""
+    if parts.shown == shown:
+        return parts
+    net: Any = tiny.new_transformer(shown)
+    kept: Any = parts.net
+    weights = dict(kept.state_dict())
+    narrow = weights.pop("pos_embed.proj.weight")  # [width, channels, 1, 1]
+    wide = torch.zeros_like(net.pos_embed.proj.weight)
+    both = min(narrow.shape[1], wide.shape[1])
+    wide[:, :both] = narrow[:, :both]
+    net.load_state_dict(weights | {"pos_embed.proj.weight": wide})
+    return replace(parts, net=net, shown=shown)
+
+
+def _load(folder: Path) -> Parts:
+    """The parts that lie in a folder, in fp32."""
     from diffusers import SD3Transformer2DModel
     from safetensors.torch import load_file
     from transformers import CLIPTextModelWithProjection
@@ -176,14 +246,14 @@ def _load(folder: Path) -> tuple[nn.Module, nn.Module, tiny.PatchAutoencoder]:
     autoencoder.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
     net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     text_encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    return net, text_encoder, autoencoder
+    return Parts(net, text_encoder, autoencoder, net.config.in_channels // tiny.COMPONENTS - 1)
 
 
 def finish(out: Path, settings: Pretraining, history: list[dict[str, float]]) -> dict[str, Any]:
     """Score the weights as they lie on disk, in 16 bits, on the held-out split, and write that beside them."""
     import json
 
-    net, text_encoder, autoencoder = _load(out)
+    parts = _load(out)
     given = asdict(settings)
     before = None
     if settings.start is not None:
@@ -195,8 +265,8 @@ def finish(out: Path, settings: Pretraining, history: list[dict[str, float]]) ->
         "settings": given,
         "before": before,
         "history": history,
-        "validation": evaluate(net, text_encoder, autoencoder, "validation", settings.score_on),
-        "held_out": evaluate(net, text_encoder, autoencoder, "held_out", settings.score_on),
+        "validation": _evaluate_all(parts, settings, "validation", settings.score_on),
+        "held_out": _evaluate_all(parts, settings, "held_out", settings.score_on),
     }
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores

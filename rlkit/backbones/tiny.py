@@ -2,7 +2,8 @@
 
 Stable Diffusion 3's transformer and flow-matching scheduler (diffusers), CLIP's text encoder (transformers) and a
 linear autoencoder over 8x8 patches. 32x32 pixels, 16 image tokens, 12 text tokens, 2.5 M parameters. The shipped
-weights are what `rlkit pretrain-world` made; `tiny_base/scores.json` says how, and how good they are.
+weights are what `rlkit pretrain-world` made; `tiny_base/scores.json` says how, and how good they are. `tiny_omni` is
+the same with pictures at its input.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkit.errors import RecipeError
+from rlkit.errors import DataError, RecipeError
 from rlkit.types import Condition, FlowModel, Prompt
 from rlkit.world import grammar
 
@@ -27,6 +28,7 @@ COMPONENTS = 64
 GRID = 4  # 32 pixels / PATCH
 WIDTH = 128
 TEXT_WIDTH = 96
+SHOWN = 2  # pictures that `tiny_omni` sees: a source, or up to two references
 MAX_WORDS = grammar.LENGTH - 2  # the first and the last token are <bos> and <eos>
 
 
@@ -82,14 +84,14 @@ def _patches(images: Tensor) -> Tensor:
     return tiles.reshape(n, (height // PATCH) * (width // PATCH), channels * PATCH * PATCH)
 
 
-def new_transformer() -> Any:
-    """An untrained SD3 transformer of the tiny size."""
+def new_transformer(shown: int = 0) -> Any:
+    """An untrained SD3 transformer of the tiny size; it sees `shown` pictures as further channels of its input."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
         sample_size=GRID,
         patch_size=1,
-        in_channels=COMPONENTS,
+        in_channels=COMPONENTS * (1 + shown),
         out_channels=COMPONENTS,
         num_layers=4,
         attention_head_dim=32,
@@ -143,9 +145,9 @@ def encode_tokens(text_encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]
 
 
 def velocity(net: nn.Module, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-    """SD3's calling convention: the model's time is 1000 sigma."""
+    """SD3's calling convention: the model's time is 1000 sigma. Pictures of the condition follow x in the channels."""
     output: Tensor = net(
-        hidden_states=x,
+        hidden_states=torch.cat([x, cond["pictures"]], dim=1) if "pictures" in cond else x,
         timestep=1000 * sigma,
         encoder_hidden_states=cond["tokens"],
         pooled_projections=cond["pooled"],
@@ -211,40 +213,78 @@ class Tiny:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel:
         """The network and its frozen neighbours. The text encoder and the autoencoder stay in fp32."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-        from safetensors.torch import load_file
-        from transformers import CLIPTextModelWithProjection
+        return assemble(Path(self.path) if self.path else BASE, device, dtype)
 
-        _without_bars()
-        folder = Path(self.path) if self.path else BASE
-        if not (folder / "transformer" / "config.json").is_file():
-            raise RecipeError(
-                f"there is no tiny backbone in {folder}",
-                where="policy.backbone.path",
-                hint=f"Make one with: rlkit pretrain-world --out {folder}",
-            )
-        net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, low_cpu_mem_usage=False)
-        text_encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        autoencoder = PatchAutoencoder()
-        autoencoder.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
-        text_encoder.to(device).eval().requires_grad_(False)
-        autoencoder.to(device)
 
-        @torch.no_grad()
-        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
-            ids = token_ids([prompt.text for prompt in prompts]).to(device)
-            tokens, pooled = encode_tokens(text_encoder, ids)
-            return [{"tokens": t.to(dtype), "pooled": p.to(dtype)} for t, p in zip(tokens, pooled, strict=True)]
+def assemble(folder: Path, device: torch.device, dtype: torch.dtype, shown: int = 0) -> FlowModel:
+    """A folder's model, whose network sees `shown` pictures; RecipeError if there is none like that."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModelWithProjection
 
-        return FlowModel(
-            net=nn.Module.to(net, device, dtype).eval(),  # from_pretrained leaves weights saved in fp32 as they are
-            velocity=velocity,
-            encode=encode,
-            decode=autoencoder.decode,
-            sigmas=partial(sigmas, scheduler),
-            latent_shape=(COMPONENTS, GRID, GRID),
-            lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            unread=unread,
-            encode_media=autoencoder.encode,
-        )
+    _without_bars()
+    config = folder / "transformer" / "config.json"
+    how = "rlkit pretrain-world --out DIR" + (" edit=0.4 in_context=0.3" if shown else "")
+    if not config.is_file():
+        what, hint = f"there is no tiny backbone in {folder}", f"Make one with: {how}"
+        raise RecipeError(what, where="policy.backbone.path", hint=hint)
+    if json.loads(config.read_text())["in_channels"] != COMPONENTS * (1 + shown):
+        what = f"the network in {folder} does not see {shown} pictures beside its own, as this backbone does"
+        raise RecipeError(what, where="policy.backbone.path", hint=f"Make one with: {how}")
+    net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, low_cpu_mem_usage=False)
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    autoencoder = PatchAutoencoder()
+    autoencoder.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
+    text_encoder.to(device).eval().requires_grad_(False)
+    autoencoder.to(device)
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+        ids = token_ids([prompt.text for prompt in prompts]).to(device)
+        tokens, pooled = encode_tokens(text_encoder, ids)
+        conditions = [{"tokens": t.to(dtype), "pooled": p.to(dtype)} for t, p in zip(tokens, pooled, strict=True)]
+        if shown:
+            for condition, prompt in zip(conditions, prompts, strict=True):
+                pictures = encode_pictures(autoencoder, [_pictures(prompt, shown)], shown)
+                condition["pictures"] = pictures[0].to(dtype)
+        return list(conditions)
+
+    return FlowModel(
+        net=nn.Module.to(net, device, dtype).eval(),  # from_pretrained leaves weights saved in fp32 as they are
+        velocity=velocity,
+        encode=encode,
+        decode=autoencoder.decode,
+        sigmas=partial(sigmas, scheduler),
+        latent_shape=(COMPONENTS, GRID, GRID),
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        unread=unread,
+        encode_media=autoencoder.encode,
+        tasks=("t2i", "edit", "in_context") if shown else ("t2i",),
+    )
+
+
+def encode_pictures(autoencoder: PatchAutoencoder, rows: Sequence[Sequence[Tensor]], shown: int) -> Tensor:
+    """[B, shown * COMPONENTS, GRID, GRID]: the latents of each row's pictures [3, 32, 32], and zeros for those it has
+    not."""
+    latents = torch.zeros(len(rows), shown, COMPONENTS, GRID, GRID, device=autoencoder.mean.device)
+    places = [(row, slot) for row, pictures in enumerate(rows) for slot in range(len(pictures))]
+    if places:
+        given = torch.stack([picture for pictures in rows for picture in pictures]).to(latents)
+        latents[tuple(torch.tensor(places).T)] = autoencoder.encode(given)
+    return latents.flatten(1, 2)
+
+
+def _pictures(prompt: Prompt, shown: int) -> tuple[Tensor, ...]:
+    """The prompt's source or references; DataError if there are too many of them, or of another size."""
+    pictures = (*([] if prompt.source is None else [prompt.source]), *prompt.references)
+    side = GRID * PATCH
+    where = f"prompt {prompt.id}"
+    if len(pictures) > shown:
+        raise DataError(f"{prompt.text!r} has {len(pictures)} pictures; this backbone reads {shown}", where=where)
+    for one in pictures:
+        if tuple(one.shape) != (3, side, side):
+            size = "x".join(str(length) for length in reversed(one.shape[1:]))
+            what = f"{prompt.text!r} has a picture of {size} pixels"
+            raise DataError(what, where=where, hint=f"This backbone reads {side}x{side}.")
+    return pictures

@@ -204,7 +204,9 @@ def panel(task: str, split_name: str, n: int) -> list[Example]:
     """A fixed list of `n` examples: kinds by their weights and evenly interleaved, those of a kind in rotation."""
     rows: list[tuple[float, int, Example]] = []
     for index, (kind, quota) in enumerate(grammar.quotas(n, kinds(task)).items()):
-        pool = sorted(_pool(task, split_name, kind), key=lambda one: (zlib.crc32(one.text.encode()), one.text))
+        pool: list[Caption | Edit] = sorted(
+            _pool(task, split_name, kind), key=lambda one: (zlib.crc32(one.text.encode()), one.text)
+        )
         for i in range(quota):
             rng = np.random.default_rng([zlib.crc32(f"{task} {split_name} {kind}".encode()), i])
             rows.append(((i + 0.5) / quota, index, _example(task, pool[i % len(pool)], rng)))

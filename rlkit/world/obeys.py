@@ -131,3 +131,19 @@ def _same(one: Detection, other: Detection) -> bool:
 
 def _distance(one: Detection, other: Detection) -> float:
     return math.hypot(one.x - other.x, one.y - other.y)
+
+
+def check_captions(images: npt.NDArray[Any], texts: Sequence[str]) -> list[Verdict]:
+    """Judges captions of pictures [N, 3, 32, 32] in 0..1: every claim true, and nothing in the picture left unsaid.
+
+    A text that is no caption of this world says nothing true: strict and graded are 0.
+    """
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images but {len(texts)} captions")
+    verdicts = []
+    for found, text in zip(detect_batch(images), texts, strict=True):
+        try:
+            verdicts.append(judge(found, grammar.parse(text)))
+        except ValueError:
+            verdicts.append(Verdict(0.0, 0.0, {}))
+    return verdicts

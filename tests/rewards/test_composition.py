@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rlkit.rewards.composition import Composition
 from rlkit.types import Prompt, Samples
+from rlkit.world import instructions
 from rlkit.world.grammar import draw, parse
-from rlkit.world.scenes import render_batch
+from rlkit.world.scenes import render_batch, render_scenes
 
 
 def samples_of(media: Tensor, texts: Sequence[str]) -> Samples:
@@ -98,3 +99,24 @@ def test_a_bad_score_names_the_nearest() -> None:
         Composition(score="strickt")
     with pytest.raises(ValueError, match=r"strict, graded, mixed$"):
         Composition(score="zzz")
+
+
+@pytest.mark.parametrize("task", ["edit", "in_context"])
+def test_instructions_are_judged_by_their_pictures(task: str) -> None:
+    """As the data set gives them; told with the pictures of another, none means the same."""
+    examples = instructions.draw(task, "train", 64, np.random.default_rng(2))
+    asked = []
+    for index, example in enumerate(examples):
+        pictures = tuple(torch.from_numpy(render_scenes(example.shown)))
+        shown = {"source": pictures[0]} if task == "edit" else {"references": pictures}
+        asked.append(Prompt(index, example.text, **shown))  # type: ignore[arg-type]
+    answers = torch.from_numpy(render_scenes([example.answer for example in examples]))
+    samples = replace(samples_of(answers, [prompt.text for prompt in asked]), prompts=tuple(asked))
+    assert Composition("strict")(samples)[0].tolist() == [1] * 64
+    moved = [
+        replace(one, source=other.source, references=other.references)
+        for one, other in zip(asked, asked[1:] + asked[:1], strict=True)
+    ]
+    others = Composition("strict")(replace(samples, prompts=tuple(moved)))[0]
+    assert others.nan_to_num(0).sum() <= 1
+    assert Composition("strict")(samples_of(answers, [prompt.text for prompt in asked]))[0].isnan().all(), "no pictures"
