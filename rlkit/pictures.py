@@ -45,6 +45,11 @@ def to_pil(media: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(media))
 
 
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture in RGB as [3, H, W] in 0..1."""
+    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
+
+
 def png(media: Tensor, level: int = 1) -> bytes:
     """One picture [3, H, W] as a PNG file."""
     buffer = io.BytesIO()

@@ -1,0 +1,88 @@
+"""Qwen2, Qwen2.5 (arXiv 2412.15115) and Qwen3 (arXiv 2505.09388): language models that answer a prompt.
+
+A prompt is a turn of the user in the chat template of the checkpoint. An answer ends with the token that ends a turn,
+or a text. Qwen3 thinks before it answers unless it is told not to; the others do not know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkit.backbones import _transformers as shared
+from rlkit.types import Condition, Prompt, TokenModel
+
+CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def logits(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition) -> Tensor:
+    """[B, L, V] for ids [B, L], padded at either end where `there` [B, L] is false."""
+    output: Any = net(
+        input_ids=ids,
+        attention_mask=there.long(),
+        position_ids=(there.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=False,
+    )
+    result: Tensor = output.logits
+    return result
+
+
+def collate(conditions: Sequence[Condition]) -> Condition:
+    """Nothing: all that a prompt is stands in its ids."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Qwen:
+    """Qwen2, Qwen2.5 and Qwen3: language models that rewrite a prompt, or answer it."""
+
+    kind = "tokens"
+    tasks = ("text",)
+    model_types = ("qwen2", "qwen3")
+    licence = "Apache-2.0 (Qwen2.5 of 3 B and 72 B: Qwen's own licences)"
+    parameters = "0.5 B to 72 B"
+    paper = "arXiv 2412.15115"
+    source = "https://huggingface.co/Qwen/Qwen2.5-1.5B-Instruct"
+
+    path: str = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub name, or a folder of transformers
+    revision: str | None = None  # of the hub repository; None: its newest
+    system: str = ""  # what the model is told to be; "": what its own chat template says, if anything
+    thinking: bool = False  # Qwen3: a chain of thought before the answer, which counts as part of it
+    longest: int = 2048  # tokens of prompt and answer together
+
+    def __post_init__(self) -> None:
+        if self.longest < 2:
+            raise ValueError(f"longest must be 2 tokens or more, one of an answer, not {self.longest}")
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> TokenModel:
+        """The network and its tokenizer. Conditions stay on the CPU: they are ids."""
+        folder = shared.opened(self.path, self.revision, self.model_types)
+        tokenizer = folder.tokenizer()
+        net = folder.net(CLASSES, self.longest, device, dtype)
+
+        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
+            encoded: list[Condition] = []
+            for prompt in prompts:
+                words = shared.unmarked(tokenizer, prompt.text)
+                text = shared.chat(tokenizer, self.system, words, enable_thinking=self.thinking)
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+                encoded.append({"ids": shared.room(ids, self.longest, prompt.id)})
+            return encoded
+
+        return TokenModel(
+            net=net,
+            logits=logits,
+            encode=encode,
+            decode=shared.texts(tokenizer),
+            ends=shared.ends(net, tokenizer),
+            longest=self.longest,
+            lora_targets=shared.LAYERS,
+            collate=collate,
+            write=folder.write,
+            unread=lambda text: shared.marks(tokenizer, text),
+            tasks=self.tasks,
+        )
