@@ -322,7 +322,7 @@ def _measure(races: Sequence[Race], failed: Mapping[str, str], everyone: Sequenc
     from rlkit.dist import Processes
 
     setup = everyone[0].setup
-    base = session.load_policy(setup)
+    base = session.load_drawing(setup)
     prompts = setup.stages[0].data.open().held_out(COMPARED)
     clean = sampled(setup, base, prompts, 1)
     runs: list[dict[str, Any]] = []
@@ -376,7 +376,7 @@ def _compared(race: Race, base: Policy, clean: Samples) -> dict[str, float]:
     from rlkit import session, trainer
 
     setup = race.contestant.setup
-    policy = session.load_policy(setup, folder=race.folder)
+    policy = session.load_drawing(setup, folder=race.folder)
     weights = trainer.showing(setup.stages[0], policy).policy_set
     return {"divergence": divergence(policy, base, clean, weights), "diversity": diversity(setup, policy)}
 

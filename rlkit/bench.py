@@ -35,6 +35,7 @@ from rlkit.errors import RecipeError, nearest
 from rlkit.policy import Policy
 from rlkit.tracking import Tracker
 from rlkit.types import Backbone, Condition, FlowModel, Prompt, Samples, Scores, generator
+from rlkit.weights import Weights
 
 BASE = "quickstart"  # every workload is this recipe with changes
 STAGE = "stages.main"
@@ -200,6 +201,8 @@ class _Watched:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel:
         model = self.backbone.load(device, dtype)
+        if not isinstance(model, FlowModel):
+            raise RecipeError("writes texts; what is measured here is sampling pictures.", where="policy.backbone")
 
         def encode(prompts: Sequence[Prompt]) -> list[Condition]:
             with self.watch.timing("encode", device):
@@ -252,7 +255,7 @@ def _now(device: torch.device) -> float:
 # ---- the ideal -------------------------------------------------------------------------------------------------------
 
 
-def replay(policy: Policy, watch: Watch, calls: Iterable[Call]) -> None:
+def replay(policy: Weights, watch: Watch, calls: Iterable[Call]) -> None:
     """The bare network makes these calls again, forward and, where there was a gradient, backward."""
     for call in calls:
         args, kwargs = watch.inputs[call]
@@ -403,7 +406,7 @@ def _begin(setup: trainer.Setup, processes: dist.Processes, folder: Path) -> _Ti
     """A run that stands before its first step, as `session.run` brings it there."""
     watch = Watch()
     options = replace(setup.policy, backbone=_Watched(setup.policy.backbone, watch))
-    policy = session.load_policy(replace(setup, policy=options), processes)
+    policy = session.load_drawing(replace(setup, policy=options), processes)
     tracker = Tracker(folder, config=setup.recipe, wandb=setup.options.wandb, quiet=True)
     run = _Timed(setup, setup.stages[0], policy, processes, tracker, folder)
     run.watch = watch
@@ -444,9 +447,9 @@ def _trained_rows(run: _Timed) -> int | None:
     return rows * (1 if needs.pairs is None else 2) * run.stage.learner.epochs * _passes(run.policy)
 
 
-def _passes(policy: Policy) -> int:
+def _passes(policy: Weights) -> int:
     """Guidance asks the network twice, with the text and without."""
-    return 1 if policy.guidance == 1 else 2
+    return 2 if isinstance(policy, Policy) and policy.guidance != 1 else 1
 
 
 @contextmanager

@@ -424,7 +424,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from rlkit import dist, session
 
-    policy = session.load_policy(setup, dist.start(1, setup.options.device), folder)
+    policy = session.load_drawing(setup, dist.start(1, setup.options.device), folder)
     for prompt in prompts:
         for word in policy.model.unread(prompt):
             print(f"warning: the text encoder cannot read {word!r} in {prompt!r}", file=sys.stderr)
@@ -509,19 +509,30 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    from rlkit.pretrain import Pretraining, pretrain
+
+    pretrain(options.out, _settings(Pretraining, options, "pretrain-world"))
+    return 0
+
+
+def _pretrain_captioner(options: argparse.Namespace) -> int:
+    from rlkit.pretrain_captioner import Captioning, pretrain_captioner
+
+    pretrain_captioner(options.out, _settings(Captioning, options, "pretrain-captioner"))
+    return 0
+
+
+def _settings(kind: type[Any], options: argparse.Namespace, command: str) -> Any:
+    """The settings that the words give; RecipeError for those that it has not, and for a folder that is in use."""
     settings = {}
     for word in options.words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise RecipeError(f"{word!r} is not key=value.", where="pretrain-world", hint="For instance samples=200000")
+            raise RecipeError(f"{word!r} is not key=value.", where=command, hint="For instance samples=200000")
         settings[key] = sources.value_of(key, value)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise RecipeError(f"{options.out} exists and is not empty.", where="--out", hint="Choose another folder.")
-
-    from rlkit.pretrain import Pretraining, pretrain
-
-    pretrain(options.out, registry.construct(Pretraining, settings, "pretrain-world", what="pretrain-world"))
-    return 0
+    return registry.construct(kind, settings, command, what=command)
 
 
 # ----------------------------------------------------------------------------------------------------- bench
@@ -579,6 +590,9 @@ COMMANDS = {
     ),
     "merge": Command("Mix the weights of several runs.", merge.arguments, merge.run),
     "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),
+    "pretrain-captioner": Command(
+        "Make the embedded world's captioner from nothing.", _pretrain_arguments, _pretrain_captioner
+    ),
     "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
 }
 

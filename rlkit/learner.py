@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlkit.dist import Processes
 from rlkit.errors import LossError
-from rlkit.policy import Policy, ema_decay
-from rlkit.types import Loss, Models, Rows
+from rlkit.types import Loss, Rows
+from rlkit.weights import Weights, ema_decay
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class LearnerOptions:
         return warm * (self.lr_end + (self.lr - self.lr_end) * left)
 
 
-LossFunction = Callable[[Models, Any], Loss]
+LossFunction = Callable[[Any, Any], Loss]
 
 
 class Learner:
     """The optimiser of one policy. `policy.trainable` are its parameters, in a fixed order."""
 
-    def __init__(self, policy: Policy, options: LearnerOptions, processes: Processes) -> None:
+    def __init__(self, policy: Weights, options: LearnerOptions, processes: Processes) -> None:
         self.policy = policy
         self.options = options
         self.processes = processes
@@ -80,7 +80,7 @@ class Learner:
         if options.ema is not None and "ema" not in policy.sets:
             policy.keep("ema")
 
-    def step(self, loss: LossFunction, models: Models, batch: Rows) -> None:
+    def step(self, loss: LossFunction, models: Any, batch: Rows) -> None:
         """One optimiser step over the mini-batch of which this process holds `batch`, possibly no rows.
 
         LossError, on every process, if the gradient is not finite; nothing has been updated then.
@@ -100,7 +100,7 @@ class Learner:
         self.updates += 1
         self.optimizer.zero_grad()
 
-    def _diagnosis(self, loss: LossFunction, models: Models, batch: Rows) -> LossError:
+    def _diagnosis(self, loss: LossFunction, models: Any, batch: Rows) -> LossError:
         """Which row of this process's batch makes the gradient infinite or NaN: found by halving."""
         if not self._broken(loss, models, batch):
             return LossError("the gradient is not finite, by the rows of another process")
@@ -123,7 +123,7 @@ class Learner:
         error.row = first
         return error
 
-    def _broken(self, loss: LossFunction, models: Models, rows: Rows) -> bool:
+    def _broken(self, loss: LossFunction, models: Any, rows: Rows) -> bool:
         """Whether these rows alone have a gradient that is not finite. Nothing is exchanged between processes."""
         for micro in self._micro_batches(rows):
             terms = loss(models, micro).terms.values()
@@ -133,7 +133,7 @@ class Learner:
                 return True
         return False
 
-    def gradient(self, loss: LossFunction, models: Models, batch: Rows) -> None:
+    def gradient(self, loss: LossFunction, models: Any, batch: Rows) -> None:
         """Set every parameter's `.grad` to the gradient of the mini-batch's weighted means.
 
         Sums are accumulated un-normalised, since the sum of weights is known only after the last micro-batch. Terms

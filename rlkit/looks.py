@@ -148,6 +148,8 @@ class Copy:
 
     def look(self, reading: Reading, memory: Memory) -> Finding | None:
         samples = reading.samples
+        if samples.media.ndim != 4:  # words
+            return None
         pairs = [(samples.media[i], one.source) for i, one in enumerate(samples.prompts) if one.source is not None]
         copies = torch.tensor([_difference(one, source) < self.near for one, source in pairs], dtype=torch.float64)
         everywhere = reading.gather(copies)

@@ -19,8 +19,8 @@ from rlkit import recipe
 from rlkit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rlkit.policy import Policy
     from rlkit.trainer import Setup
+    from rlkit.weights import Weights
 
 DOWN, UP = ".lora_A.", ".lora_B."
 
@@ -58,7 +58,7 @@ def merge(runs: Sequence[Path], shares: Sequence[float], out: Path) -> str:
             raise RecipeError(what, where=str(folder), hint="Runs are merged that began with the same weights.")
         if ("lora" in theirs["train"]) != ("lora" in first["train"]):
             raise RecipeError("one of the runs trained LoRA and the other all weights.", where=str(folder))
-    policies = []
+    policies: list[Weights] = []
     for folder, setup in zip(runs, setups, strict=True):
         policy = session.load_policy(setup, folder=folder)
         policy.use(trainer.showing(setup.stages[-1], policy).policy_set)
@@ -78,7 +78,7 @@ def _setup(folder: Path) -> Setup:
     return recipe.read(str(file))
 
 
-def _merge_all(policies: Sequence[Policy], shares: Sequence[float]) -> Policy:
+def _merge_all(policies: Sequence[Weights], shares: Sequence[float]) -> Weights:
     import torch
 
     merged = policies[0]
@@ -89,7 +89,7 @@ def _merge_all(policies: Sequence[Policy], shares: Sequence[float]) -> Policy:
     return merged
 
 
-def _merge_lora(setup: Setup, policies: Sequence[Policy], shares: Sequence[float]) -> Policy:
+def _merge_lora(setup: Setup, policies: Sequence[Weights], shares: Sequence[float]) -> Weights:
     import torch
 
     from rlkit import session

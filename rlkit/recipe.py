@@ -20,10 +20,10 @@ from rlkit.errors import RecipeError, RlkitError, nearest
 from rlkit.sources import ENTRIES, TOP, Recipe, is_number, known
 
 if TYPE_CHECKING:
-    from rlkit.policy import Lora
     from rlkit.scoring import WeightedReward
     from rlkit.trainer import PolicyOptions, Setup, Stage
     from rlkit.types import Needs
+    from rlkit.weights import Lora
 
 STAGE = (*ENTRIES, "rewards", "total", "learner", "evaluate", "monitors", "train", "steps", "until", "anchor", "expect")
 REQUIRED = (*ENTRIES, "rewards", "learner", "steps")  # `rewards: {}` says that there are none
@@ -113,7 +113,7 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
 
 def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
     """(LoRA, or None for all weights; the same as YAML)."""
-    from rlkit.policy import Lora
+    from rlkit.weights import Lora
 
     known(node, ("full", "lora"), "policy.train")
     full, lora = node.get("full"), node.get("lora")
@@ -299,14 +299,16 @@ def _check_encoders(encoders: str, stage: Stage) -> None:
 
 
 def _check_kinds(backbone: Any, stage: Stage, needs: Needs, where: str) -> None:
-    for key, kind in (("policy.backbone", _kind(backbone)), (f"{where}.rollout", _kind(stage.rollout))):
-        if kind is not None and kind != needs.kind:
-            what = f"is for {kind}, but the algorithm of stage {stage.name!r} needs {needs.kind}."
+    for key, kinds in (("policy.backbone", _kinds(backbone)), (f"{where}.rollout", _kinds(stage.rollout))):
+        if kinds and needs.kind not in kinds:
+            what = f"is for {' and '.join(kinds)}, but the algorithm of stage {stage.name!r} needs {needs.kind}."
             raise RecipeError(what, where=key, hint="Choose an algorithm and a policy of one kind.")
 
 
-def _kind(entry: Any) -> str | None:
-    return getattr(entry, "kind", None)  # of a third party's entry that does not say, nothing is known
+def _kinds(entry: Any) -> tuple[str, ...]:
+    """Of a third party's entry that does not say, nothing is known."""
+    one = getattr(entry, "kind", None)
+    return getattr(entry, "kinds", ()) if one is None else (one,)
 
 
 def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
@@ -318,17 +320,22 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
         what = f"the algorithm needs {' and '.join(lacking)} of each sample, which this rollout does not give."
         hint = f"It gives: {', '.join(gives)}." if gives else "It gives finished samples only."
         raise RecipeError(what, where=f"{where}.rollout", hint=hint)
-    given = {"image", *getattr(stage.data, "gives", ("prompt",))}
+    made = "text" if needs.kind == "tokens" else "image"
+    given = {made, *getattr(stage.data, "gives", ("prompt",))}
     for word in getattr(stage.rollout, "reads", ()):
         if word not in given:
             what = f"reads {word!r}, which the data does not give."
-            hint = f"It gives: {', '.join(sorted(given - {'image'}))}."
+            hint = f"It gives: {', '.join(sorted(given - {made}))}."
             raise RecipeError(what, where=f"{where}.rollout", hint=hint)
     if "pair" in given and "pair" not in getattr(stage.rollout, "reads", ()):
         what = "samples by itself, and would not look at the pairs of pictures that the data gives."
         raise RecipeError(what, where=f"{where}.rollout", hint="The rollout `dataset` hands them out.")
     for reward in stage.rewards:
-        for word in getattr(reward.reward, "reads", ()):
+        reads = getattr(reward.reward, "reads", None)
+        if made == "text" and reads is not None and "text" not in (*reads, *getattr(reward.reward, "optional", ())):
+            what = "judges a picture, and a token policy writes a text."
+            raise RecipeError(what, where=f"{where}.rewards.{reward.name}", hint="Choose one that reads `text`.")
+        for word in reads or ():
             if word not in given:
                 what = f"reads {word!r}, which the data does not give."
                 hint = f"It gives: {', '.join(sorted(given))}."

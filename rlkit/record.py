@@ -36,6 +36,9 @@ def describe_scores(samples: Samples, scores: Scores, gather: Gather) -> dict[st
         row[name] = _mean(everywhere, torch.isfinite(everywhere))
     row["zero_std"] = advantage.zero_std_fraction(total, group, scored)
     row["unscored"] = 1.0 - float(scored.double().mean())
+    if samples.tokens is not None:
+        row["tokens/length"] = float(gather(samples.tokens.decided.sum(1)).double().mean())
+        row["tokens/cut"] = float(gather(~samples.tokens.finished).double().mean())
     return row | _describe_previews(samples, scores, gather)
 
 
@@ -121,9 +124,9 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    media = samples.media[:SHEET]
+    media = _pictured(samples)[:SHEET]
     count, channels, height, width = media.shape
-    shown = [_given(prompt, height, width) for prompt in samples.prompts[:SHEET]]
+    shown = [[] if samples.texts else _given(prompt, height, width) for prompt in samples.prompts[:SHEET]]
     given = max(len(pictures) for pictures in shown)
     rows, tile = -(-count // COLUMNS), (given + 1) * width
     sheet = torch.zeros(channels, rows * height, COLUMNS * tile)
@@ -135,6 +138,8 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
             if picture is not None:
                 sheet[:, top : top + height, left + cell * width : left + (cell + 1) * width] = picture
         item = {"prompt": samples.prompts[i].text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
+        if samples.texts:
+            item["text"] = samples.texts[i]
         parts = scores.components
         items.append(item | {column_of(name, parts): _number(values[i]) for name, values in parts.items()})
     name = folder / f"{row['at']:06d}"
@@ -144,6 +149,16 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     described |= {"width": width, "height": height, "given": given, "columns": COLUMNS, "items": items}
     name.with_suffix(".json").write_text(json.dumps(described, indent=1))
     return name.with_suffix(".png")
+
+
+def _pictured(samples: Samples) -> Tensor:
+    """What is shown of each sample [N, 3, H, W]: its picture, or what a token policy wrote about, or nothing."""
+    if not samples.texts:
+        return samples.media
+    sources = [prompt.source.cpu() for prompt in samples.prompts if prompt.source is not None]
+    if len(sources) == len(samples) and len({one.shape for one in sources}) == 1:
+        return torch.stack(sources)
+    return torch.zeros(len(samples), 3, 8, 8)
 
 
 def _given(prompt: Prompt, height: int, width: int) -> list[Tensor]:

@@ -224,6 +224,9 @@ def _compare(before: Row, after: Row) -> str:
 
 def _picture(before: Row, after: Row, way: str, images: Sequence[str]) -> str:
     prompt = escape(str(after.get("prompt", "")))
+    if "text" in after:  # written, not drawn: the picture is what it is about
+        words = [str(one.get("text", "")) for one in ((before, after) if before is not after else (after,))]
+        prompt, images = " → ".join(escape(one) or "–" for one in words), images[-1:]
     style = f' style="width: calc({100 / len(images):.2f}% - 6px)"' if len(images) > 2 else ""
     shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")

@@ -23,7 +23,7 @@ from rlkit.types import Samples
 
 Score = tuple[float, dict[str, float]]  # the value, and its components
 
-EVERYTHING = ("prompt", "metadata", "target_text", "source", "references")  # of a reward that does not say
+EVERYTHING = ("prompt", "metadata", "target_text", "source", "references", "text")  # of a reward that does not say
 _SLICE = 500  # keys in one query: SQLite bounds how many
 
 
@@ -48,9 +48,11 @@ def _told(option: Any) -> Any:
 def _key(common: list[Any], reads: Sequence[str], samples: Samples, i: int) -> str:
     prompt = samples.prompts[i]
     texts: dict[str, Any] = {"prompt": prompt.text, "metadata": prompt.metadata, "target_text": prompt.target_text}
+    if samples.texts:
+        texts["text"] = samples.texts[i]
     read = {name: value for name, value in texts.items() if name in reads}
     digest = hashlib.sha256(json.dumps([common, read], sort_keys=True, default=str).encode())
-    pictures = [("picture", samples.media[i])]
+    pictures = [("picture", samples.media[i])] if samples.media.numel() else []  # a token policy draws none
     if "source" in reads and prompt.source is not None:
         pictures.append(("source", prompt.source))
     if "references" in reads:

@@ -26,14 +26,15 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
-from rlkit.errors import CheckpointError, DataError
+from rlkit.errors import CheckpointError, DataError, RecipeError
+from rlkit.language import LanguagePolicy
 from rlkit.policy import Policy
 from rlkit.record import describe_held_out
 from rlkit.scoring import Scoring
 from rlkit.shelf import Shelf
 from rlkit.tracking import Tracker
 from rlkit.trainer import Run, Setup, Stop, of_one_size, showing, to_encode, train
-from rlkit.types import Context, Prompt
+from rlkit.types import Context, FlowModel, Prompt, TokenModel
 
 # Of the policy's keys, those that change no bit of its numbers.
 HARMLESS = [f"policy.{key}" for key in ("conditions", "conditions_in_memory", "encoders", "sets")]
@@ -66,7 +67,7 @@ def run(
 
     try:
         policy = load_policy(setup, processes)
-        if setup.policy.resources.encoders == "free":
+        if setup.policy.resources.encoders == "free" and isinstance(policy, Policy):
             texts = [text for stage in setup.stages for text in stage.data.open().texts()]
             policy.free_encoders(chain.from_iterable([to_encode(stage) for stage in setup.stages]), texts)
         names = [stage.name for stage in setup.stages]
@@ -105,7 +106,9 @@ def run(
         tracker.close()
 
 
-def load_policy(setup: Setup, processes: Processes | None = None, folder: Path | None = None) -> Policy:
+def load_policy(
+    setup: Setup, processes: Processes | None = None, folder: Path | None = None
+) -> Policy | LanguagePolicy:
     """The recipe's policy as its backbone gives it, or with the weights of a run folder's newest checkpoint."""
     processes = processes or Processes()
     options = setup.options
@@ -118,18 +121,19 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
     model = setup.policy.backbone.load(processes.device, dtype)
     kept = setup.policy.conditions
     shelf = Shelf(Path(kept), setup.recipe["policy"]["backbone"], dtype, processes.device) if kept else None
-    policy = Policy(
-        model,
-        setup.policy.lora,
-        processes.device,
-        options.precision,
-        options.seed,
-        setup.policy.guidance,
-        setup.policy.negative,
-        setup.policy.checkpointing,
-        shelf,
-        setup.policy.resources,
-    )
+    if isinstance(model, TokenModel):
+        policy: Policy | LanguagePolicy = LanguagePolicy(
+            model,
+            setup.policy.lora,
+            processes.device,
+            options.precision,
+            options.seed,
+            setup.policy.checkpointing,
+            shelf,
+            setup.policy.resources,
+        )
+    else:
+        policy = _drawing(setup, model, processes.device, shelf)
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
         policy.keep_base()
@@ -139,6 +143,20 @@ def load_policy(setup: Setup, processes: Processes | None = None, folder: Path |
             raise CheckpointError("no whole checkpoint", where=str(folder), hint="Give a run folder that has one.")
         policy.load_state({k.removeprefix("policy/"): v for k, v in saved.tensors.items() if k.startswith("policy/")})
     return policy
+
+
+def load_drawing(setup: Setup, processes: Processes | None = None, folder: Path | None = None) -> Policy:
+    """As `load_policy`, of a recipe whose policy draws pictures; RecipeError for one that writes."""
+    policy = load_policy(setup, processes, folder)
+    if isinstance(policy, LanguagePolicy):
+        raise RecipeError("writes texts, and this is for policies that draw.", where="policy.backbone")
+    return policy
+
+
+def _drawing(setup: Setup, model: FlowModel, device: torch.device, shelf: Shelf | None) -> Policy:
+    options, told = setup.options, setup.policy
+    numbers = (options.precision, options.seed, told.guidance, told.negative, told.checkpointing)
+    return Policy(model, told.lora, device, *numbers, shelf, told.resources)
 
 
 def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0) -> Tensor:

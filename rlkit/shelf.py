@@ -19,15 +19,25 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from rlkit.errors import DataError
-from rlkit.types import Condition, FlowModel, Prompt
+from rlkit.types import Condition, Prompt
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("rlkit-visual", "torch", "transformers", "diffusers")
+
+
+class Encodes(Protocol):
+    """What of a model conditions need: a flow model's, or a token model's."""
+
+    @property
+    def encode(self) -> Callable[[Sequence[Prompt]], list[Condition]]: ...
+
+    @property
+    def collate(self) -> Callable[[Sequence[Condition]], Condition]: ...
 
 
 class Conditions:
@@ -39,7 +49,7 @@ class Conditions:
 
     def __init__(
         self,
-        model_at: Callable[[tuple[int, int] | None], FlowModel],
+        model_at: Callable[[tuple[int, int] | None], Encodes],
         negative: str | None = None,
         shelf: Shelf | None = None,
         near: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -72,15 +82,24 @@ class Conditions:
                         self._shelf.put(key, condition)
                     self._remember(key, condition)
 
+    def forget(self, prompts: Iterable[Prompt]) -> None:
+        """Let go of those that came with pictures, where new pictures are drawn without an end."""
+        for prompt in prompts:
+            if prompt.source is not None or prompt.references:
+                for key in (prompt.key, self._twins.pop(prompt.key, "")):
+                    self._known.pop(key, None)
+                    self._encoded.discard(key)
+
     def untold(self, keys: Sequence[str]) -> list[str]:
         """The keys of their twins."""
         return [self._twins[key] for key in keys]
 
-    def batch(self, keys: Sequence[str], model: FlowModel | None = None) -> Condition:
+    def batch(self, keys: Sequence[str], model: Encodes | None = None) -> Condition:
         """{"name": [B, ...]} for B keys, each encoded before, as a model of their size collates them."""
-        return (model or self._model_at(None)).collate([self._get(key) for key in keys])
+        return (model or self._model_at(None)).collate([self.of(key) for key in keys])
 
-    def _get(self, key: str) -> Condition:
+    def of(self, key: str) -> Condition:
+        """The condition of a prompt that was encoded before: the very same object each time, while it is in memory."""
         if key not in self._known:
             if key not in self._encoded:
                 raise KeyError(key)

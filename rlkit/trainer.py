@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from rlkit import checkpoint
-from rlkit.data import FilePrompts, PromptBatch, WorldPrompts
+from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
+from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.monitors import Monitors, Raised, Watch
-from rlkit.policy import Lora, Models, Policy
+from rlkit.policy import Policy
 from rlkit.reading import Reading
 from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
 from rlkit.resources import Resources
@@ -33,6 +34,7 @@ from rlkit.sync import SharedMemory
 from rlkit.total import Total
 from rlkit.tracking import Tracker
 from rlkit.types import Context, Plan, Prompt, Rows, Samples, Scores, State, Tools, seed_of
+from rlkit.weights import Lora, Weights
 
 TIMES = ("seconds", "cpu_seconds")  # what `until` may name beside an evaluation's metrics
 
@@ -110,7 +112,7 @@ class PolicyOptions:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    data: WorldPrompts | FilePrompts
+    data: Any
     rollout: Any
     algorithm: Any
     rewards: tuple[WeightedReward, ...]
@@ -150,7 +152,7 @@ class Run:
         self,
         setup: Setup,
         stage: Stage,
-        policy: Policy,
+        policy: Policy | LanguagePolicy,
         processes: Processes,
         tracker: Tracker,
         folder: Path,
@@ -174,7 +176,7 @@ class Run:
         self.prompts = stage.data.open()
         self.scoring = Scoring(stage.rewards, setup.options.max_unscored, stage.total, processes.device)
         self.sync = SharedMemory()
-        self.models = Models(policy, self.scoring.with_gradient)
+        self.models = policy.models_with(self.scoring.with_gradient)
         self.state: State = {}
         self.clock: dict[str, float] = {}
         self.cpu = 0.0  # seconds of the processor in this step
@@ -485,6 +487,7 @@ def set_aside(samples: Path, at: int) -> None:
 
 def train(run: Run) -> None:
     """The loop of one stage."""
+    endless = run.prompts.everything() is None
     for step in run.steps():
         context = run.context(step)
         with run.timed("sample"):
@@ -503,6 +506,8 @@ def train(run: Run) -> None:
             run.algorithm.after(run.policy, context)
             run.sync.push(run.rollout, version=step + 1)
         run.report(step, samples, scores)
+        if endless:
+            run.policy.conditions.forget(prompts.prompts)
 
 
 def of_one_size(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
@@ -528,7 +533,7 @@ def to_encode(stage: Stage) -> Iterator[Prompt]:
     return chain(every, held_out)
 
 
-def showing(stage: Stage, policy: Policy) -> Plan:
+def showing(stage: Stage, policy: Weights) -> Plan:
     """Sampling without exploration noise, as the stage evaluates; an untrained policy has only its own weights."""
     weights = stage.evaluate.weights
     return Plan(steps=stage.evaluate.steps, policy_set=weights if weights in policy.sets else "current")

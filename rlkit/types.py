@@ -506,6 +506,9 @@ class TokenModel:
     collate: Callable[[Sequence[Condition]], Condition]  # conditions of one batch; what `logits` is given
     write: Callable[[Path_], None]  # all but the weights (configuration, tokenizer, processor), for others to load
     unread: Callable[[str], list[str]] = lambda text: []
+    picture: int | None = None  # the token that pictures fill; None: it sees none
+    # (prompt, its condition) -> its pictures [3, H, W] in 0..1 at the size at which the network reads them.
+    pictures: Callable[[Prompt, Condition], tuple[Tensor, ...]] = lambda prompt, condition: ()
     tasks: tuple[str, ...] = ("text",)  # of "text" and "caption" (a picture in the prompt)
 
 
@@ -513,7 +516,7 @@ class TokenModel:
 class Backbone(Protocol):
     """A frozen dataclass that can load a network."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel: ...
+    def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel | TokenModel: ...
 
 
 Values = Tensor | Sequence["float | Unscored | None"]
@@ -543,7 +546,7 @@ class Reward(Protocol):
 
 
 class Algorithm(Protocol):
-    """A frozen dataclass of options with these functions. Subclass it for the defaults of start, plan, before and after."""
+    """A frozen dataclass of options with these functions. Subclass it for the defaults of four of them."""
 
     def needs(self) -> Needs:
         """What these options ask for; read before anything is loaded."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from rlkit import flow
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
+from rlkit.language import LanguagePolicy
 from rlkit.policy import Policy
+from rlkit.rollouts._writing import Writing
 from rlkit.types import Context, FlowModel, Path, Plan, Samples, VelocityModel, generator
 
 
@@ -24,19 +26,28 @@ class Local:
     velocity of that step included, each is computed once a prompt.
     """
 
-    kind = "flow"
+    kinds = ("flow", "tokens")
     gives = ("path", "log_prob", "previews")
 
     steps: int = 10  # denoising steps
-    batch: int | None = None  # pictures in one forward pass; None: all
+    batch: int | None = None  # pictures, or answers, in one forward pass; None: all
+    most: int = 64  # tokens of an answer, of a token policy
+    temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more, not {self.steps}")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch must be 1 or more, not {self.batch}")
+        if self.most < 1:
+            raise ValueError(f"most must be 1 token or more, not {self.most}")
+        if not self.temperature > 0:
+            what = f"temperature must be above 0, not {self.temperature}: greedy choices have no density"
+            raise ValueError(what)
 
-    def start(self, policy: Policy, processes: Processes) -> LocalRollout:
+    def start(self, policy: Policy | LanguagePolicy, processes: Processes) -> LocalRollout | Writing:
+        if isinstance(policy, LanguagePolicy):
+            return Writing(policy, processes, self.most, self.temperature, self.batch)
         return LocalRollout(self, policy, processes)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rlkit import registry
-from rlkit.policy import Lora, Models, Policy
+from rlkit.policy import Models, Policy
 from rlkit.types import Condition, Context, FlowModel, Prompt, Samples, generator
+from rlkit.weights import Lora
 
 torch.set_num_threads(1)  # networks this small gain nothing by more, and threads wait long on a busy machine
 CPU = torch.device("cpu")

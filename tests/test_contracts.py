@@ -20,13 +20,14 @@ from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RlkitError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.scorer import Asking, Scorer
 from rlkit.types import Context, FlowModel, Needs, Plan, Prompt, Rows, Samples, Scores, Tools, Unscored
+from rlkit.weights import Lora
 from rlkit.world import grammar, scenes
 
 CPU = torch.device("cpu")
-CAN_READ = {"prompt", "source", "references", "target_text", "metadata"}
+CAN_READ = {"prompt", "source", "references", "target_text", "metadata", "text"}
 RECIPES_OWN = {one.name for one in dataclasses.fields(recipe._Use)}  # words by which a recipe means its own
 CAN_GIVE = {"path", "log_prob", "previews", "preference", "tokens", "turns"}
 MakeContext = Callable[..., Context]
@@ -94,11 +95,20 @@ def world_samples(size: int = 6) -> Samples:
     return Samples(media, torch.zeros(size, 1, 1, 1), prompts, index // 2, index, index, version=0, total=size)
 
 
+def samples_for(entry: registry.Entry) -> Samples:
+    """The world's pictures, or, for a reward that reads texts, what was said of them."""
+    drawn = world_samples()
+    if "text" not in entry.constants["reads"]:
+        return drawn
+    prompts = tuple(replace(one, source=picture) for one, picture in zip(drawn.prompts, drawn.media, strict=True))
+    return replace(drawn, media=torch.zeros(len(drawn), 0), prompts=prompts, texts=tuple(one.text for one in prompts))
+
+
 @pytest.mark.parametrize("entry", built_in("backbones"))
 def test_a_backbone_has_its_card_which_is_read_without_importing_it(entry: registry.Entry) -> None:
     card = entry.constants
     assert card["tasks"]
-    assert set(card["tasks"]) <= {"t2i", "edit", "in_context"}
+    assert set(card["tasks"]) <= ({"text", "caption"} if card["kind"] == "tokens" else {"t2i", "edit", "in_context"})
     for word in ("licence", "parameters"):
         assert isinstance(card[word], str), word
         assert card[word], word
@@ -152,7 +162,7 @@ def numbers(answer: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("entry", built_in("rewards"))
 def test_a_reward_gives_one_number_a_sample(entry: registry.Entry) -> None:
-    reward, samples = ready(entry), world_samples()
+    reward, samples = ready(entry), samples_for(entry)
     before = samples.media.clone()
 
     def ask(some: Samples) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,7 +212,7 @@ def test_any_picture_and_any_prompt_give_a_number_in_the_range_or_none(entry: re
 
 @pytest.mark.parametrize("entry", built_in("rewards"))
 def test_no_samples_are_no_numbers(entry: registry.Entry) -> None:
-    values, _ = numbers(ready(entry)(world_samples().select(torch.arange(0))))
+    values, _ = numbers(ready(entry)(samples_for(entry).select(torch.arange(0))))
     assert values.shape == (0,)
 
 
@@ -507,7 +517,7 @@ def test_lora_attaches(tiny: Callable[..., Policy]) -> None:
 def test_a_rollout_says_what_it_gives_and_starts(entry: registry.Entry) -> None:
     rollout = registry.load("rollouts", entry.name)
     assert set(rollout.gives) <= CAN_GIVE
-    assert rollout.kind in ("flow", "tokens")
+    assert set(getattr(rollout, "kinds", None) or (rollout.kind,)) <= {"flow", "tokens"}
     assert list(inspect.signature(rollout.start).parameters)[1:3] == ["policy", "processes"]
 
 

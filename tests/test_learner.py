@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from rlkit.dist import Processes
 from rlkit.errors import LossError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Policy, ema_decay
+from rlkit.policy import Policy
 from rlkit.types import Condition, FlowModel, Loss, Models, Rows, generator
+from rlkit.weights import ema_decay
 
 
 @dataclass(frozen=True)

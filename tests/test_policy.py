@@ -14,9 +14,10 @@ from rlkit import recipe, session
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, RecipeError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Lora, Policy, WeightSet, ema_decay
+from rlkit.policy import Policy, WeightSet
 from rlkit.shelf import Conditions
 from rlkit.types import Condition, FlowModel, Loss, Models, Prompt, Rows, generator
+from rlkit.weights import Lora, ema_decay
 
 CPU = torch.device("cpu")
 TEXTS = ("a red circle", "two blue crosses", "a cyan square left of a red triangle", "")

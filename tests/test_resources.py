@@ -17,9 +17,10 @@ from rlkit.backbones import flux
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.resources import Resources, choose_attention, compile_network
 from rlkit.types import Condition, FlowModel, Loss, NoisedRows, Prompt, generator
+from rlkit.weights import Lora
 
 CPU = torch.device("cpu")
 OWN, WIDE = (4, 4), (4, 8)

@@ -300,6 +300,7 @@ CHANGES: dict[str, Callable[[Samples], Samples]] = {
     "the text in the picture": lambda one: replace(one, prompts=(replace(one.prompts[0], target_text=("A",)),)),
     "the source": lambda one: replace(one, prompts=(replace(one.prompts[0], source=torch.ones(3, 2, 2)),)),
     "a reference": lambda one: replace(one, prompts=(replace(one.prompts[0], references=(torch.ones(3, 2, 2),)),)),
+    "the answer": lambda one: replace(one, texts=("a red circle",)),
     "the metadata": lambda one: replace(one, prompts=(replace(one.prompts[0], metadata={"a": 1}),)),
 }
 

@@ -14,9 +14,10 @@ from rlkit.algorithms.diffusion_nft import DiffusionNFT
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.rollouts.local import Local
 from rlkit.types import Context, Needs, NoisedRows, Plan, Prompt, Samples
+from rlkit.weights import Lora
 
 MakeContext = Callable[..., Context]
 PROMPTS = PromptBatch((Prompt(0, "a red circle"), Prompt(1, "two blue crosses")), group=3)

@@ -28,10 +28,11 @@ from rlkit import parity as measures
 from rlkit import pictures, recipe, registry, session
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.resources import without_encoders
 from rlkit.tracking import Metrics
 from rlkit.types import FlowModel, Plan, Prompt, generator
+from rlkit.weights import Lora
 
 CPU = torch.device("cpu")
 CLOSE = 1e-4

@@ -16,8 +16,9 @@ from rlkit import registry
 from rlkit.backbones import joyimage_edit
 from rlkit.backbones.joyimage_edit import ONE, PLUS
 from rlkit.errors import DataError, RecipeError
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.types import FlowModel, Plan, Prompt
+from rlkit.weights import Lora
 
 NAME = "joyimage_edit"
 SIZE = [16, 32]

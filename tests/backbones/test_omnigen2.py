@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from rlkit import parity, registry
 from rlkit.backbones import _omnigen2, omnigen2
 from rlkit.errors import DataError, RecipeError
-from rlkit.policy import Lora, Policy
+from rlkit.policy import Policy
 from rlkit.types import FlowModel, Prompt
+from rlkit.weights import Lora
 
 picture = conforms.picture
 SHAPE: dict[str, Any] = {
