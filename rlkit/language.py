@@ -131,7 +131,7 @@ class LanguagePolicy(Weights):
             raise RecipeError("all weights are trained: there is no adapter.", where="policy.train")
         trained = self.trainable if name == "current" else self.sets[name]
         weights = {f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": one.detach() for key, one in trained.items()}
-        layers = {key.split(".lora_")[0].rpartition(".")[2] for key in trained}
+        layers = {key.split(".lora_")[0] for key in trained}
         said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": ""}
         numbers = {"r": self.lora.rank, "lora_alpha": self.lora.scale * self.lora.rank}
         return weights, {**said, **numbers, "target_modules": sorted(layers)}

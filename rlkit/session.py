@@ -94,7 +94,7 @@ def run(
                 try:
                     train(under_way)
                 finally:
-                    under_way.scoring.close()
+                    under_way.close()
                 at = under_way.at
                 if under_way.ended_with("stop"):
                     break

@@ -188,6 +188,13 @@ class Run:
         self.monitors = Watch(stage.monitors)
         self.ended_by: dict[str, Any] = {}  # the monitors that ended the stage, with their options
 
+    def close(self) -> None:
+        """Let go of what rewards and the rollout have loaded or started."""
+        self.scoring.close()
+        close = getattr(self.rollout, "close", None)  # a third party's may have nothing to close
+        if close is not None:
+            close()
+
     @property
     def at(self) -> int:
         return self.offset + self.done

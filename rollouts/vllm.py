@@ -1,0 +1,225 @@
+"""Answers of a token policy from vLLM: an engine in this process, or servers on this and other machines.
+
+The workers hold a copy of the policy's weights, which is brought up to date before they are asked: by a file, by gloo
+or NCCL, or as a LoRA adapter (push.py). After every push a canary, one request whose answer the learner computes too,
+proves that the weights arrived. Prompts go as token ids and come back as token ids; pictures go at the size at which
+the network reads them.
+
+A request that fails on every worker is an error: a group without some of its members would be another group.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlkit import push
+from rlkit.data import PromptBatch
+from rlkit.dist import Processes
+from rlkit.errors import RecipeError
+from rlkit.language import LanguagePolicy
+from rlkit.rollouts._token_samples import Written, samples_of
+from rlkit.serving import Engine
+from rlkit.types import Context, Plan, Prompt, Samples, Span, seed_of
+from rlkit.vllm_offline import Offline
+from rlkit.vllm_server import Server
+from rlkit.worker_pool import Patience, Pool
+from rlkit.workers import Failure, Request, WorkerError
+
+MEMORY = Path("/dev/shm")  # a folder in memory, where there is one
+CANARY = 4  # tokens that the learner and a worker compute both
+
+
+@dataclass(frozen=True)
+class VLLM:
+    """Samples answers with vLLM, in this process or on servers, and keeps its weights in step with the learner's.
+
+    Without `urls` an engine is started in this process, on the policy's own weights; with them, servers are asked that
+    `rlkit serve-rollout` has started on this or other machines.
+    """
+
+    kind = "tokens"
+    gives = ("log_prob",)
+    extra = "vllm"
+
+    most: int = 64  # tokens of an answer
+    temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
+    urls: tuple[str, ...] = ()  # of servers; none: an engine in this process
+    sync: Literal["file", "gloo", "nccl", "lora"] | None = None  # how weights get there; None: lora for LoRA, else file
+    folder: str | None = None  # that learner and workers share, for `file` and `lora`; None: in this machine's memory
+    host: str = "127.0.0.1"  # the learner's address as workers reach it, for `gloo` and `nccl`
+    tolerance: float | None = None  # of the canary's log-probs; None: 1e-4, and 0.1 in bf16
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of the engine; None: as the run's precision
+    cpu: bool | None = None  # the engine computes on a CPU; None: if the learner does
+    sequences: int = 64  # continued at the same time
+    memory: int = 1  # GB for keys and values, on a CPU
+    gpu_share: float = 0.4  # of the GPU that the engine shares with the learner
+    patience: Mapping[str, Any] = field(default_factory=dict)  # tries, pause, request, deadline, least (worker_pool.py)
+    steps: int = 0  # of denoising: there are none
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"most must be 1 token or more, not {self.most}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}: greedy choices have no density")
+        if self.tolerance is not None and self.tolerance <= 0:
+            raise ValueError(f"tolerance must be above 0, not {self.tolerance}")
+        if self.urls and self.folder is None and self.sync in ("file", "lora"):
+            raise ValueError(f"sync: {self.sync} needs a `folder` that the servers see too")
+        try:
+            Patience(**self.patience)
+        except TypeError as error:
+            raise ValueError(f"patience: {error}") from error
+
+    def start(self, policy: LanguagePolicy, processes: Processes) -> VLLMRollout:
+        return VLLMRollout(self, policy, processes)
+
+
+class VLLMRollout:
+    """A started `VLLM`. The first step starts the engine, or looks for the servers."""
+
+    def __init__(self, options: VLLM, policy: LanguagePolicy, processes: Processes) -> None:
+        self.options, self.policy, self.processes = options, policy, processes
+        self.version = 0  # the learner's
+        self.pushed = 0  # the workers': one a push
+        self.learners: dict[int, int] = {}  # of each push the learner's version
+        self._holds: tuple[str, int] | None = None  # the set that workers have, and when it was taken
+        self._pool: Pool | None = None
+        self._temporary = tempfile.TemporaryDirectory(prefix="rlkit-", dir=MEMORY if MEMORY.is_dir() else None)
+        self._folder = Path(options.folder) if options.folder else Path(self._temporary.name)
+        self._by: Any = None
+
+    @property
+    def sync(self) -> str:
+        return self.options.sync or ("lora" if self.policy.lora is not None else "file")
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """The learner has new weights. They are brought when somebody asks: an evaluation may want others first."""
+        self.version = version
+        self._holds = None
+
+    def health(self) -> str:
+        return "ok" if self._pool is None else ", ".join(f"{k}: {v}" for k, v in self._pool.look().items())
+
+    def close(self) -> None:
+        if self._pool is not None:
+            for worker in self._pool.workers.values():
+                worker.close()
+        self._pool = None
+        self._temporary.cleanup()
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
+
+    def collect(self, prompts: PromptBatch, plan: Plan, context: Context) -> Samples:
+        """This process's share of the step's samples."""
+        share = self.processes.share(len(prompts))
+        index = torch.arange(share.start, share.stop)
+        asked = [prompts.prompts[i // prompts.group] for i in index.tolist()]
+        self.policy.conditions.encode(asked or prompts.prompts[:1])
+        pool = self._ready(plan.policy_set, (asked or list(prompts.prompts))[0])
+        key = (context.seed, context.stage, context.step, "answer")
+        requests = [self._request(prompt, seed_of(*key, i)) for prompt, i in zip(asked, index.tolist(), strict=True)]
+        self.policy.calls += sum(one.most for one in requests)
+        written = [self._read(one) for one in pool.map(requests)]
+        return samples_of(self.policy, prompts, index, written, self.options.temperature, self.version, context)
+
+    def _request(self, prompt: Prompt, seed: int) -> Request:
+        model, condition = self.policy.model, self.policy.conditions.of(prompt.key)
+        ids = tuple(condition["ids"].tolist())
+        return Request(
+            ids=ids,
+            most=min(self.options.most, model.longest - len(ids)),
+            temperature=self.options.temperature,
+            seed=seed % (1 << 31),
+            ends=model.ends,
+            images=model.pictures(prompt, condition),
+            picture_token=model.picture,
+        )
+
+    def _read(self, told: Sequence[Any] | Failure) -> Written:
+        if isinstance(told, Failure):
+            what = f"a sample was tried {told.attempts} times, and failed: {told.reason}"
+            raise WorkerError(what, where="rollout", hint="Look at the servers, or raise rollout.patience.tries.")
+        (answer,) = told
+        spans = tuple(Span(self.learners.get(one.version, one.version), one.start, one.end) for one in answer.spans)
+        return Written(answer.ids, answer.log_probs, answer.finished, spans)
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def _ready(self, name: str, prompt: Prompt) -> Pool:
+        """The pool, its workers holding this set of the weights as it is now."""
+        wanted = (name, self.policy.moment())
+        if self._pool is None:
+            self._pool = self._open()
+        if self._holds != wanted:
+            self.pushed += 1
+            self.learners[self.pushed] = self.version
+            by = self._push(name, prompt)
+            weights = self.policy.adapter(name)[0] if self.sync == "lora" else self.policy.whole(name)
+            self._pool.push(weights, self.pushed, by)
+            if isinstance(by, push.File | push.Lora):
+                by.forget(self.pushed)
+            self._holds = wanted
+        return self._pool
+
+    def _push(self, name: str, prompt: Prompt) -> Any:
+        canary = self._canary(name, prompt)
+        if self.sync == "file":
+            self._by = push.File(self._folder, canary)
+        elif self.sync == "lora":
+            self._by = push.Lora(self._folder, self.policy.adapter(name)[1], canary)
+        else:
+            lines = {} if self._by is None else {"_lines": self._by._lines}
+            kind = push.Gloo if self.sync == "gloo" else push.Nccl
+            self._by = kind(host=self.options.host, canary=canary, **lines)
+        return self._by
+
+    def _canary(self, name: str, prompt: Prompt) -> push.Canary:
+        request = self._request(prompt, seed_of("canary", self.pushed))
+        request = replace(request, most=min(CANARY, request.most))
+
+        def ours(ids: tuple[int, ...]) -> Sequence[float]:
+            whole = torch.tensor([[*request.ids, *ids]])
+            with torch.no_grad():
+                told = self.policy.models[name].log_probs(
+                    whole, torch.tensor([whole.shape[1]]), [prompt.key], self.options.temperature
+                )
+            return [float(one) for one in told[0, len(request.ids) :]]
+
+        half = self.policy.precision == "bf16"
+        return push.Canary(request, ours, self.options.tolerance or (0.1 if half else 1e-4))
+
+    def _open(self) -> Pool:
+        options = self.options
+        patience = Patience(**options.patience)
+        if options.urls:
+            return Pool([Server(url).open() for url in options.urls], patience)
+        if self.processes.count > 1:
+            hint = "Start servers with rlkit serve-rollout, and give their `urls`."
+            raise RecipeError("an engine cannot share one of several learner processes.", where="rollout", hint=hint)
+        folder = Path(self._temporary.name) / "network"
+        self.policy.write_base(folder)
+        return Pool([Offline(folder, self.engine()).open()], patience)
+
+    def engine(self) -> Engine:
+        """How vLLM is started for this policy."""
+        options, lora = self.options, self.policy.lora
+        half = self.policy.precision == "bf16"
+        received = {"file": "rlkit_file", "gloo": "rlkit_gloo", "nccl": "nccl", "lora": "none"}
+        return Engine(
+            dtype=options.dtype or ("bfloat16" if half else "float32"),
+            longest=self.policy.model.longest,
+            sequences=options.sequences,
+            pictures=16 if self.policy.model.picture is not None else 0,
+            receive=received[self.sync],  # type: ignore[arg-type]
+            lora_rank=None if lora is None else lora.rank,
+            cpu=self.policy.device.type == "cpu" if options.cpu is None else options.cpu,
+            cpu_memory=options.memory,
+            gpu_share=options.gpu_share,
+        )
