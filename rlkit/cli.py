@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import __version__, arena, merge, parity, recipe, registry, reward_server, sources
+from rlkit import __version__, arena, merge, parity, recipe, registry, reward_server, rollout_server, sources
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
@@ -587,6 +587,9 @@ COMMANDS = {
     "arena": Command("Compare algorithms with one budget of training time.", arena.arguments, arena.run),
     "serve-reward": Command(
         "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run
+    ),
+    "serve-rollout": Command(
+        "Start the vLLM servers that a recipe asks.", rollout_server.arguments, rollout_server.run
     ),
     "merge": Command("Mix the weights of several runs.", merge.arguments, merge.run),
     "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),

@@ -51,7 +51,7 @@ class VLLM:
     most: int = 64  # tokens of an answer
     temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
     urls: tuple[str, ...] = ()  # of servers; none: an engine in this process
-    sync: Literal["file", "gloo", "nccl", "lora"] | None = None  # how weights get there; None: lora for LoRA, else file
+    sync: Literal["file", "gloo", "nccl", "lora"] | None = None  # how weights get there; None: as fits
     folder: str | None = None  # that learner and workers share, for `file` and `lora`; None: in this machine's memory
     host: str = "127.0.0.1"  # the learner's address as workers reach it, for `gloo` and `nccl`
     tolerance: float | None = None  # of the canary's log-probs; None: 1e-4, and 0.1 in bf16
@@ -80,12 +80,37 @@ class VLLM:
     def start(self, policy: LanguagePolicy, processes: Processes) -> VLLMRollout:
         return VLLMRollout(self, policy, processes)
 
+    def sync_for(self, policy: LanguagePolicy) -> str:
+        """How weights get to the workers."""
+        if self.sync is not None:
+            return self.sync
+        if policy.lora is not None and (self.folder is not None or not self.urls):
+            return "lora"
+        return "gloo" if self.urls else "file"
+
+    def engine_for(self, policy: LanguagePolicy) -> Engine:
+        """How vLLM is started for this policy."""
+        half = policy.precision == "bf16"
+        received = {"file": "rlkit_file", "gloo": "rlkit_gloo", "nccl": "nccl", "lora": "none"}
+        return Engine(
+            dtype=self.dtype or ("bfloat16" if half else "float32"),
+            longest=policy.model.longest,
+            sequences=self.sequences,
+            pictures=16 if policy.model.picture is not None else 0,
+            receive=received[self.sync_for(policy)],  # type: ignore[arg-type]
+            lora_rank=None if policy.lora is None else policy.lora.rank,
+            cpu=policy.device.type == "cpu" if self.cpu is None else self.cpu,
+            cpu_memory=self.memory,
+            gpu_share=self.gpu_share,
+        )
+
 
 class VLLMRollout:
     """A started `VLLM`. The first step starts the engine, or looks for the servers."""
 
     def __init__(self, options: VLLM, policy: LanguagePolicy, processes: Processes) -> None:
         self.options, self.policy, self.processes = options, policy, processes
+        self.sync = options.sync_for(policy)
         self.version = 0  # the learner's
         self.pushed = 0  # the workers': one a push
         self.learners: dict[int, int] = {}  # of each push the learner's version
@@ -94,10 +119,6 @@ class VLLMRollout:
         self._temporary = tempfile.TemporaryDirectory(prefix="rlkit-", dir=MEMORY if MEMORY.is_dir() else None)
         self._folder = Path(options.folder) if options.folder else Path(self._temporary.name)
         self._by: Any = None
-
-    @property
-    def sync(self) -> str:
-        return self.options.sync or ("lora" if self.policy.lora is not None else "file")
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """The learner has new weights. They are brought when somebody asks: an evaluation may want others first."""
@@ -205,21 +226,4 @@ class VLLMRollout:
             raise RecipeError("an engine cannot share one of several learner processes.", where="rollout", hint=hint)
         folder = Path(self._temporary.name) / "network"
         self.policy.write_base(folder)
-        return Pool([Offline(folder, self.engine()).open()], patience)
-
-    def engine(self) -> Engine:
-        """How vLLM is started for this policy."""
-        options, lora = self.options, self.policy.lora
-        half = self.policy.precision == "bf16"
-        received = {"file": "rlkit_file", "gloo": "rlkit_gloo", "nccl": "nccl", "lora": "none"}
-        return Engine(
-            dtype=options.dtype or ("bfloat16" if half else "float32"),
-            longest=self.policy.model.longest,
-            sequences=options.sequences,
-            pictures=16 if self.policy.model.picture is not None else 0,
-            receive=received[self.sync],  # type: ignore[arg-type]
-            lora_rank=None if lora is None else lora.rank,
-            cpu=self.policy.device.type == "cpu" if options.cpu is None else options.cpu,
-            cpu_memory=options.memory,
-            gpu_share=options.gpu_share,
-        )
+        return Pool([Offline(folder, options.engine_for(self.policy)).open()], patience)

@@ -38,7 +38,7 @@ LEVELS = {
     **dict.fromkeys(("trainer", "session", "pretrain", "pretrain_captioner", "sources", "parity"), 5),
     "recipe": 6,
     **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
-    **dict.fromkeys(("reward_server", "reward_worker", "cli"), 7),
+    **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }
 CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts")
