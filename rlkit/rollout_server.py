@@ -53,7 +53,7 @@ def serve_until(ended: threading.Event, setup: Setup, host: str, port: int, logs
         raise RecipeError("no stage has a rollout that asks servers.", where="stages", hint="Set rollout.name: vllm.")
     policy = session.load_policy(setup)
     assert isinstance(policy, LanguagePolicy)  # the check of kinds has seen to it
-    engines: dict[str, Engine] = {stage.name: stage.rollout.engine_for(policy) for stage in asking}
+    engines: dict[str, Engine] = {stage.name: stage.rollout.engine_for(policy, served=True) for stage in asking}
     servers: dict[Engine, Served] = {}
     with tempfile.TemporaryDirectory(prefix="rlkit-") as folder:
         policy.write_base(Path(folder))

@@ -80,15 +80,15 @@ class VLLM:
     def start(self, policy: LanguagePolicy, processes: Processes) -> VLLMRollout:
         return VLLMRollout(self, policy, processes)
 
-    def sync_for(self, policy: LanguagePolicy) -> str:
-        """How weights get to the workers."""
+    def sync_for(self, policy: LanguagePolicy, served: bool) -> str:
+        """How weights get to workers, in this process or served elsewhere."""
         if self.sync is not None:
             return self.sync
-        if policy.lora is not None and (self.folder is not None or not self.urls):
+        if policy.lora is not None and (self.folder is not None or not served):
             return "lora"
-        return "gloo" if self.urls else "file"
+        return "gloo" if served else "file"
 
-    def engine_for(self, policy: LanguagePolicy) -> Engine:
+    def engine_for(self, policy: LanguagePolicy, served: bool) -> Engine:
         """How vLLM is started for this policy."""
         half = policy.precision == "bf16"
         received = {"file": "rlkit_file", "gloo": "rlkit_gloo", "nccl": "nccl", "lora": "none"}
@@ -97,7 +97,7 @@ class VLLM:
             longest=policy.model.longest,
             sequences=self.sequences,
             pictures=16 if policy.model.picture is not None else 0,
-            receive=received[self.sync_for(policy)],  # type: ignore[arg-type]
+            receive=received[self.sync_for(policy, served)],  # type: ignore[arg-type]
             lora_rank=None if policy.lora is None else policy.lora.rank,
             cpu=policy.device.type == "cpu" if self.cpu is None else self.cpu,
             cpu_memory=self.memory,
@@ -110,7 +110,7 @@ class VLLMRollout:
 
     def __init__(self, options: VLLM, policy: LanguagePolicy, processes: Processes) -> None:
         self.options, self.policy, self.processes = options, policy, processes
-        self.sync = options.sync_for(policy)
+        self.sync = options.sync_for(policy, bool(options.urls))
         self.version = 0  # the learner's
         self.pushed = 0  # the workers': one a push
         self.learners: dict[int, int] = {}  # of each push the learner's version
@@ -226,4 +226,4 @@ class VLLMRollout:
             raise RecipeError("an engine cannot share one of several learner processes.", where="rollout", hint=hint)
         folder = Path(self._temporary.name) / "network"
         self.policy.write_base(folder)
-        return Pool([Offline(folder, options.engine_for(self.policy)).open()], patience)
+        return Pool([Offline(folder, options.engine_for(self.policy, served=False)).open()], patience)

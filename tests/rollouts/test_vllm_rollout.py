@@ -196,3 +196,25 @@ def test_a_picture_goes_as_the_network_reads_it() -> None:
     assert picture.shape == (3, 112, 112)
     (again,) = policy.model.encode([replace(prompt, source=picture)])
     assert torch.equal(again["pixels"], condition["pixels"])
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "served", "sync", "receives"),
+    [
+        ({}, None, False, "file", "rlkit_file"),
+        ({}, None, True, "gloo", "rlkit_gloo"),
+        ({}, Lora(rank=4), False, "lora", "none"),
+        ({}, Lora(rank=4), True, "gloo", "rlkit_gloo"),  # no folder that both see: whole weights, adapters merged
+        ({"folder": "shared"}, Lora(rank=4), True, "lora", "none"),
+        ({"sync": "file", "folder": "shared"}, None, True, "file", "rlkit_file"),
+    ],
+)
+def test_servers_are_started_for_what_the_learner_will_send(
+    options: dict[str, object], train: Lora | None, served: bool, sync: str, receives: str
+) -> None:
+    rollout, policy = VLLM(**options), new_policy(train)  # type: ignore[arg-type]
+    assert rollout.sync_for(policy, served) == sync
+    engine = rollout.engine_for(policy, served)
+    assert engine.receive == receives
+    assert (engine.lora_rank is not None) == (train is not None)
+    assert (engine.dtype, engine.longest, engine.cpu) == ("float32", 64, True)
