@@ -204,7 +204,10 @@ def pictures(pair: Sequence[Sheet]) -> str:
     note = f"{beside}Step {first.at:,}."
     if first is not last:
         sides = "step {}, step {}" if first.given else "Left: step {}. Right: step {}"
-        note = f"{beside}{sides.format(f'{first.at:,}', f'{last.at:,}')}. Of these {len(ways)} pictures, "
+        written = "text" in last.items[0]
+        sides = "Said of each picture: step {} → step {}" if written else sides
+        many = f"{len(ways)} {'texts' if written else 'pictures'}"
+        note = f"{beside}{sides.format(f'{first.at:,}', f'{last.at:,}')}. Of these {many}, "
         note += f"{ways.count('better')} got better and {ways.count('worse')} got worse."
     small = "pixels" if first.small and last.small else ""
     return (

@@ -316,3 +316,16 @@ def test_what_was_given_and_pictures_that_are_not_square_are_cut_where_they_lie(
         assert {colour} == {cut.getpixel((x, y)) for x in range(6) for y in range(4)}
     page = report_page.pictures(charts.pair([sheet]))
     assert "What was given, then: Step 1." in page
+
+
+def test_texts_are_shown_beside_what_they_are_about(finished: Path) -> None:
+    for at, text in ((0, "a red <circle>"), (4, "a blue circle")):
+        sheet(finished, at, RED, 0.0)
+        file = finished / "samples" / f"{at:06d}.json"
+        known = json.loads(file.read_text())
+        known["items"] = [item | {"text": text} for item in known["items"]]
+        file.write_text(json.dumps(known))
+    page = report_page.pictures(charts.pair(charts.sheets(finished)))
+    assert "a red &lt;circle&gt; → a blue circle" in page
+    assert "Said of each picture: step 0 → step 4. Of these 3 texts" in page
+    assert page.count("<img") == 3, "one picture each: it is the same before and after"
