@@ -17,7 +17,7 @@ from rlkit.errors import RecipeError
 from rlkit.resources import Resources
 from rlkit.shelf import Conditions, Shelf
 from rlkit.types import TokenModel
-from rlkit.weights import ADAPTER, Lora, Tensors, Weights
+from rlkit.weights import ADAPTER, Lora, Sets, Tensors, Weights
 
 
 class TokenSet:
@@ -43,31 +43,6 @@ class TokenSet:
         return tokens.log_probs(logits, ids, temperature) * there
 
 
-class TokenModels:
-    """The policy's sets, by name. Asking for one that the stage did not make is an error, not a silent `current`."""
-
-    def __init__(self, policy: LanguagePolicy) -> None:
-        self._policy = policy
-
-    def __getitem__(self, name: str) -> TokenSet:
-        if name != "current" and name not in self._policy.sets:
-            known = ", ".join(["current", *self._policy.sets])
-            raise KeyError(f"the policy has no set {name!r} in this stage; it has: {known}")
-        return TokenSet(self._policy, name)
-
-    @property
-    def current(self) -> TokenSet:
-        return self["current"]
-
-    @property
-    def old(self) -> TokenSet:
-        return self["old"]
-
-    @property
-    def reference(self) -> TokenSet:
-        return self["reference"]
-
-
 class LanguagePolicy(Weights):
     """One network that continues texts, with its sets. `train` is None (all weights) or a `Lora`."""
 
@@ -89,9 +64,9 @@ class LanguagePolicy(Weights):
             raise RecipeError(what, where="policy.encoders", hint="Leave it out.")
         limit = self.resources.conditions_in_memory
         self.conditions = Conditions(lambda size: model, None, shelf, limit=limit)
-        self.models = TokenModels(self)
+        self.models = Sets(self, lambda name: TokenSet(self, name))
 
-    def models_with(self, score: object) -> TokenModels:
+    def models_with(self, score: object) -> Sets[TokenSet]:
         """The sets. Rewards have no gradient with respect to words."""
         return self.models
 

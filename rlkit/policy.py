@@ -17,7 +17,7 @@ from rlkit.errors import RecipeError
 from rlkit.resources import Resources, model_of_size, without_encoders
 from rlkit.shelf import Conditions, Shelf
 from rlkit.types import FlowModel, Prompt
-from rlkit.weights import ADAPTER, Lora, Weights
+from rlkit.weights import ADAPTER, Lora, Sets, Weights
 
 
 class WeightSet:
@@ -56,30 +56,13 @@ Score = Callable[[Tensor, Sequence[Prompt]], Tensor]
 """(media [B, ...], their prompts) -> the recipe's weighted rewards [B], with gradient."""
 
 
-class Models:
-    """The policy's sets, by name. Asking for one that the stage did not make is an error, not a silent `current`."""
+class Models(Sets[WeightSet]):
+    """A flow policy's sets, and what a differentiable reward needs besides."""
 
     def __init__(self, policy: Policy, score: Score | None = None) -> None:
+        super().__init__(policy, lambda name: WeightSet(policy, name))
         self._policy = policy
         self._score = score
-
-    def __getitem__(self, name: str) -> WeightSet:
-        if name != "current" and name not in self._policy.sets:
-            known = ", ".join(["current", *self._policy.sets])
-            raise KeyError(f"the policy has no set {name!r} in this stage; it has: {known}")
-        return WeightSet(self._policy, name)
-
-    @property
-    def current(self) -> WeightSet:
-        return self["current"]
-
-    @property
-    def old(self) -> WeightSet:
-        return self["old"]
-
-    @property
-    def reference(self) -> WeightSet:
-        return self["reference"]
 
     @property
     def old_is_current(self) -> bool:

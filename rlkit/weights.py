@@ -7,10 +7,10 @@ one mechanism: LoRA starts as the identity, so a copy taken at the start is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,34 @@ class Weights:
     def _put(self, tensors: Tensors) -> None:
         for name, parameter in self.trainable.items():
             parameter.copy_(tensors[name])
+
+
+One = TypeVar("One", covariant=True)
+
+
+class Sets(Generic[One]):
+    """A policy's sets as callables, by name. One that the stage did not make is an error, not a silent `current`."""
+
+    def __init__(self, weights: Weights, make: Callable[[str], One]) -> None:
+        self._weights, self._make = weights, make
+
+    def __getitem__(self, name: str) -> One:
+        if name != "current" and name not in self._weights.sets:
+            known = ", ".join(["current", *self._weights.sets])
+            raise KeyError(f"the policy has no set {name!r} in this stage; it has: {known}")
+        return self._make(name)
+
+    @property
+    def current(self) -> One:
+        return self["current"]
+
+    @property
+    def old(self) -> One:
+        return self["old"]
+
+    @property
+    def reference(self) -> One:
+        return self["reference"]
 
 
 def compute_again(net: nn.Module) -> None:
