@@ -166,6 +166,4 @@ class TokenGRPO(Algorithm):
             "clip_fraction": tokens.token_mean(stopped.float(), decided),
             # -log p of what was sampled is an estimate of the entropy, unbiased until the first update.
             "entropy": -tokens.token_mean(log_prob, decided),
-            "length": decided.sum(1).float(),
-            "cut": (~rows.finished).float(),
         }

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlkit.record import COLUMNS, SHEET, describe_held_out, describe_scores, write_sheet
-from rlkit.types import Samples, Scores
+from rlkit.types import Samples, Scores, Tokens
 
 MakeSamples = Callable[..., Samples]
 NAN = math.nan
@@ -166,3 +166,28 @@ def test_several_rewards_have_columns_of_their_own_and_one_alone_is_the_reward(s
     assert both["held_out/reward"] == pytest.approx(0.5), "the one of weight 0 is only watched"
     one = describe_held_out(samples, scores_of([[1.0], [0.0]], [1.0]), here)
     assert set(one) == {"held_out/reward", "held_out/reward_se"}
+
+
+def test_answers_are_counted_in_tokens_over_all_samples(samples_of: MakeSamples) -> None:
+    """Not weighted as a loss weights them: long answers would count for more, and masked ones not at all."""
+    samples = samples_of(["x", "y"], group=1)
+    decided = torch.tensor([[False, True, True, True], [False, True, False, False]])
+    numbers = torch.zeros(2, 4)
+    tokens = Tokens(
+        numbers.long(), torch.tensor([4, 2]), torch.tensor([1, 1]), decided, numbers, torch.tensor([True, False]), 1.0
+    )
+    row = describe_scores(replace(samples, tokens=tokens), scores_of([[1.0], [0.0]], [1.0]), here)
+    assert (row["tokens/length"], row["tokens/cut"]) == (2.0, 0.5)
+
+
+def test_what_was_written_is_on_the_sheet_with_what_it_is_about(samples_of: MakeSamples, tmp_path: Path) -> None:
+    samples = samples_of(["", ""], group=1, media=torch.zeros(2, 0))
+    pictures = [torch.full((3, 4, 4), value) for value in (0.2, 0.6)]
+    prompts = tuple(replace(one, source=picture) for one, picture in zip(samples.prompts, pictures, strict=True))
+    samples = replace(samples, prompts=prompts, texts=("a dark one", "a light one"))
+    file = write_sheet(tmp_path, {"stage": "main", "step": 0, "at": 0}, samples, scores_of([[1.0], [0.0]], [1.0]))
+    known = json.loads(file.with_suffix(".json").read_text())
+    assert [item["text"] for item in known["items"]] == ["a dark one", "a light one"]
+    assert known["given"] == 0
+    pixels = np.asarray(Image.open(file))
+    assert (int(pixels[0, 0, 0]), int(pixels[0, 4, 0])) == (51, 153)

@@ -336,8 +336,6 @@ def test_the_ratio_is_1_before_any_update(context: MakeContext, options: Any) ->
     metrics = algorithm.loss(models_of(policy), rows).metrics
     assert metrics["ratio/deviation"].max() <= 1e-6
     assert metrics["clip_fraction"].max() == 0
-    assert metrics["length"].tolist() == rows.decided.sum(1).tolist()
-    assert metrics["cut"].tolist() == [0, 0, 0, 0, 1, 0]
     assert not any(column.requires_grad for column in metrics.values())
     entropy = -(rows.old_log_prob.sum(1) / rows.decided.sum(1))
     torch.testing.assert_close(metrics["entropy"].float(), entropy, rtol=1e-4, atol=1e-5)
