@@ -29,7 +29,7 @@ from rlkit.data import (
 from rlkit.errors import DataError, RecipeError
 from rlkit.tables import read_prompts
 from rlkit.types import Prompt
-from rlkit.world import grammar
+from rlkit.world import grammar, obeys
 
 
 def held_by(split: str) -> set[str]:
@@ -398,3 +398,36 @@ def test_a_picture_that_is_cut_off_is_found_when_it_is_drawn(tmp_path: Path) -> 
     data = FilePrompts(str(prompts_file(tmp_path, {"prompt": "x", "source": name})), 1, 1).open()
     with pytest.raises(DataError, match="cannot read the source picture"):
         data.draw(0, "main", 0)
+
+
+def test_pictures_for_a_policy_that_writes() -> None:
+    data = WorldPrompts(20, 2, task="caption")
+    drawn = data.draw(0, "main", 0).prompts
+    assert data.gives == ("prompt", "metadata", "source")
+    assert all(prompt.text == "" and prompt.source is not None for prompt in drawn), "the caption is not told"
+    assert len({prompt.id for prompt in drawn}) == 20
+    texts = [prompt.metadata["caption"] for prompt in drawn]
+    pictures = np.stack([prompt.source.numpy() for prompt in drawn if prompt.source is not None])
+    assert all(verdict.strict == 1 for verdict in obeys.check_captions(pictures, texts))
+    kept = {prompt.metadata["caption"] for prompt in data.held_out(200)}
+    assert kept <= {caption.text for caption in grammar.split("held_out")}
+    assert {prompt.kind for prompt in WorldPrompts(30, 1, task="caption", kinds=("two",)).draw(0, "a", 0).prompts} == {
+        "two"
+    }
+
+
+@pytest.mark.parametrize(("task", "given"), [("edit", "source"), ("in_context", "references")])
+def test_instructions_come_with_their_pictures(task: str, given: str) -> None:
+    data = WorldPrompts(20, 2, task=task)  # type: ignore[arg-type]
+    assert given in data.gives
+    drawn = data.draw(0, "main", 0).prompts
+    assert drawn == data.draw(0, "main", 0).prompts
+    for prompt in (*drawn, *data.held_out(20)):
+        pictures = [prompt.source] if task == "edit" else prompt.references
+        assert all(picture is not None and picture.shape == (3, 32, 32) for picture in pictures)
+    assert len({prompt.key for prompt in drawn}) == 20
+
+
+def test_kinds_belong_to_their_task() -> None:
+    with pytest.raises(ValueError, match=r"the task edit named 'removed'.* 'remove'"):
+        WorldPrompts(1, 1, task="edit", kinds=("removed",))

@@ -515,3 +515,29 @@ def test_a_policy_says_how_it_uses_its_machine():
 def test_what_it_may_not_say(word, text):
     found = refusal("quickstart", word)
     assert re.search(text, found), found
+
+
+# ---- policies that write ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("world_captioner", ["stages.main.rewards.brightness=1.0"], "judges a picture, and a token policy writes"),
+        ("world_captioner", ["stages.main.algorithm.name=flow_grpo"], "is for tokens, but the algorithm"),
+        ("world_captioner", ["stages.main.data.task=t2i"], "reads 'source', which the data does not give"),
+        ("world_captioner", ["stages.main.rollout.temperature=0.0"], "temperature must be above 0"),
+        ("quickstart", ["stages.main.rewards.caption_truth=1.0"], "reads 'text', which the data does not give"),
+        ("quickstart", ["stages.main.rollout.name=vllm"], "is for tokens, but the algorithm"),
+        ("quickstart", ["policy.backbone.name=tiny_captioner"], "is for tokens, but the algorithm"),
+    ],
+)
+def test_words_and_pictures_are_not_mixed_up(name, words, message):
+    assert message in refusal(name, *words)
+
+
+@pytest.mark.parametrize("rollout", ["local", "vllm"])
+def test_where_words_are_sampled_is_one_option(rollout):
+    words = [f"stages.main.rollout.name={rollout}", "stages.main.rollout.most=12"]
+    setup = recipe.read("world_captioner", words)
+    assert setup.stages[0].rollout.most == 12
