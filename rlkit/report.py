@@ -20,6 +20,7 @@ from rlkit.charts import Span
 from rlkit.errors import DataError, RecipeError
 from rlkit.tracking import HELD_OUT, Expectation, Metrics, held_out
 
+TRAINED_ON = ("per_step", "group", "kinds", "split")  # of a stage's data: what does not change its held-out prompts
 HEADLINES = ("strict", "graded", "reward")  # the first that was measured opens the report
 NOTES = {"Held-out": "± one standard error", "Training reward": "± one standard deviation over samples"}
 
@@ -118,7 +119,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "finished": run.finished,
         "steps": run.steps,
         "seconds": _seconds(run),
-        "held_out": _changes(run.evaluations),
+        "held_out": _changes(_comparable(run)),
         "stages": {
             name: {
                 metric: {"before": change["before"], "after": change["after"]}
@@ -143,6 +144,17 @@ def _recipe_name(run: Run, command: str) -> str:
     words = command.split()
     named = words[words.index("train") + 1 :][:1] if "train" in words else []
     return Path(named[0]).stem if named and not named[0].startswith("-") else run.folder.name
+
+
+def _comparable(run: Run) -> list[Row]:
+    """The evaluations on what the last stage is evaluated on: a stage of another task asks other questions."""
+    known = run.recipe.get("stages") or {}
+
+    def asked(stage: str) -> dict[str, Any]:
+        data = (known.get(stage) or {}).get("data") or {}
+        return {name: value for name, value in data.items() if name not in TRAINED_ON}
+
+    return [row for row in run.evaluations if asked(row["stage"]) == asked(run.stages[-1])]
 
 
 def _of(rows: Sequence[Row], stage: str) -> list[Row]:

@@ -329,3 +329,23 @@ def test_texts_are_shown_beside_what_they_are_about(finished: Path) -> None:
     assert "a red &lt;circle&gt; → a blue circle" in page
     assert "Said of each picture: step 0 → step 4. Of these 3 texts" in page
     assert page.count("<img") == 3, "one picture each: it is the same before and after"
+
+
+def test_a_run_of_several_tasks_is_summed_up_by_its_last_one(tmp_path: Path) -> None:
+    rows = [
+        evaluation(0, 0.5, stage="edit"),
+        train(1, "edit"),
+        evaluation(1, 0.6, stage="edit"),
+        evaluation(1, 0.1, stage="put", step=0),
+        train(2, "put"),
+        evaluation(2, 0.2, stage="put", step=1),
+    ]
+    data = "data: {{name: world, task: {}, kinds: {}}}"
+    told = "stages:\n  edit: {{{}, steps: 1}}\n  put: {{{}, steps: 1}}\n"
+    several = told.format(data.format("edit", "null"), data.format("in_context", "null"))
+    facts = summary(run_folder(tmp_path / "run", rows, several))
+    assert (facts["held_out"]["strict"]["before"], facts["held_out"]["strict"]["after"]) == (0.1, 0.2)
+    assert facts["stages"]["edit"]["strict"] == {"before": 0.5, "after": 0.6}
+    alike = told.format(data.format("edit", "[add]"), data.format("edit", "null"))
+    facts = summary(run_folder(tmp_path / "other", rows, alike))
+    assert (facts["held_out"]["strict"]["before"], facts["held_out"]["strict"]["after"]) == (0.5, 0.2)
