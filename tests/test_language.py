@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rlkit import registry
+from rlkit import recipe, registry, session
 from rlkit.backbones import tiny_captioner
 from rlkit.data import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
@@ -180,3 +182,51 @@ def test_pictures_that_do_not_come_back_are_forgotten(policy: Callable[..., Lang
 def test_encoders_cannot_be_freed(policy: Callable[..., LanguagePolicy]) -> None:
     with pytest.raises(RecipeError, match="no encoders"):
         policy(resources=Resources(encoders="free"))
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "stages.main.data.per_step=4",
+    "stages.main.data.group=4",
+    "stages.main.learner.batch=16",
+    "stages.main.evaluate.held_out=4",
+    "stages.main.evaluate.ends=4",
+    "run.checkpoint_every=2",
+]
+
+
+def trained(folder: Path, steps: int, *words: str, resume: bool = False) -> list[dict[str, Any]]:
+    """A run's rows of training, without what a clock says."""
+    setup = recipe.read("world_captioner", [*SMALL, f"stages.main.steps={steps}", *words])
+    session.run(setup, folder, Processes(), resume=resume, quiet=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    timed = ("time", "cpu_seconds")
+    return [{k: v for k, v in row.items() if k not in timed and not k.startswith("seconds/")} for row in rows]
+
+
+@pytest.mark.parametrize("words", [[], ["policy.train={lora: {rank: 2}}"]], ids=["all weights", "lora"])
+def test_a_resumed_run_gives_the_numbers_of_an_unbroken_one(tmp_path: Path, words: list[str]) -> None:
+    whole = trained(tmp_path / "whole", 3, *words)
+    trained(tmp_path / "broken", 2, *words)
+    assert trained(tmp_path / "broken", 3, *words, resume=True) == whole
+    assert len(whole) == 3
+    assert all(row["ratio/deviation"] < 1e-4 for row in whole), "one update a step"
+    assert whole[0]["tokens/length"] <= 12
+    assert whole[0]["grad_norm"] > 0
+
+
+def test_a_reference_holds_the_policy_back(tmp_path: Path) -> None:
+    rows = trained(tmp_path / "run", 3, "stages.main.algorithm.kl=0.1")
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6), "nothing has moved yet"
+    assert rows[2]["kl"] > 1e-6
+
+
+def test_the_trainer_recomputes_what_another_engine_may_have_rounded(tmp_path: Path) -> None:
+    """Sampled in process, both agree, and the weights that correct for the engine are 1."""
+    rows = trained(tmp_path / "run", 2, "stages.main.algorithm.importance=truncate")
+    for row in rows:
+        assert row["mismatch/mean"] < 1e-5
+        assert row["mismatch/high"] == pytest.approx(1, abs=1e-4)
+        assert row["importance/bounded"] == 0
