@@ -23,7 +23,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import __version__, arena, merge, parity, recipe, registry, reward_server, rollout_server, sources
+from rlkit import (
+    __version__,
+    arena,
+    bench_sync,
+    merge,
+    parity,
+    recipe,
+    registry,
+    reward_server,
+    rollout_server,
+    sources,
+)
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
@@ -65,6 +76,8 @@ def _run(words: list[str]) -> int:
         print(f"rlkit {__version__}")
         return 0
     name, *rest = words
+    if rest and f"{name} {rest[0]}" in COMMANDS:  # a command of two words
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         print(f"error: no command {name!r}.{nearest(name, COMMANDS)} See rlkit --help", file=sys.stderr)
         return 2
@@ -584,6 +597,9 @@ COMMANDS = {
     "eval": Command("Score the held-out prompts once.", _eval_arguments, _eval),
     "report": Command("Write a run's report again, or print its numbers.", _report_arguments, _report),
     "bench": Command("Time the phases of a step against the bare network's calls.", _bench_arguments, _bench),
+    "bench sync": Command(
+        "Time pushes of weights to vLLM, and compare log-probs.", bench_sync.arguments, bench_sync.run
+    ),
     "arena": Command("Compare algorithms with one budget of training time.", arena.arguments, arena.run),
     "serve-reward": Command(
         "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run

@@ -39,6 +39,7 @@ LEVELS = {
     "recipe": 6,
     **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
     **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
+    **dict.fromkeys(("bench_sync", "bench_transport"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }
 CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts")
