@@ -6,9 +6,10 @@ What sets are, and what of the network is trained, is in `weights`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +105,9 @@ class Policy(Weights):
         super().__init__(model.net, model.lora_targets, train, device, precision, seed, checkpointing, resources)
         self.model = model
         self.guidance = guidance
+        self.origin: tuple[str, Mapping[str, Any]] | None = (
+            None  # the backbone's name and options
+        )
         self._sizes: dict[tuple[int, int], FlowModel] = {}
         untold = None if guidance == 1 else negative
         limit = self.resources.conditions_in_memory

@@ -156,7 +156,10 @@ def load_drawing(setup: Setup, processes: Processes | None = None, folder: Path 
 def _drawing(setup: Setup, model: FlowModel, device: torch.device, shelf: Shelf | None) -> Policy:
     options, told = setup.options, setup.policy
     numbers = (options.precision, options.seed, told.guidance, told.negative, told.checkpointing)
-    return Policy(model, told.lora, device, *numbers, shelf, told.resources)
+    policy = Policy(model, told.lora, device, *numbers, shelf, told.resources)
+    named = dict(setup.recipe["policy"]["backbone"])
+    policy.origin = (named.pop("name"), named)
+    return policy
 
 
 def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0) -> Tensor:

@@ -30,7 +30,7 @@ LEVELS = {
     **dict.fromkeys(("weights", "decoding", "backbones", "rewards", "algorithms"), 2),
     **dict.fromkeys(("sync", "scoring", "scorer", "score_cache", "dist", "data"), 3),
     **dict.fromkeys(("policy", "language"), 3),
-    **dict.fromkeys(("transfer", "workers", "worker_pool", "push", "serving"), 3),
+    **dict.fromkeys(("transfer", "workers", "worker_pool", "push", "serving", "sample_wire"), 3),
     **dict.fromkeys(("vllm_plugin", "vllm_answers", "vllm_offline", "vllm_server"), 3),
     **dict.fromkeys(("epochs", "mixture", "pairs", "picture_files", "picture_folders", "tables"), 3),
     **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
