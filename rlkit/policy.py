@@ -105,9 +105,7 @@ class Policy(Weights):
         super().__init__(model.net, model.lora_targets, train, device, precision, seed, checkpointing, resources)
         self.model = model
         self.guidance = guidance
-        self.origin: tuple[str, Mapping[str, Any]] | None = (
-            None  # the backbone's name and options
-        )
+        self.origin: tuple[str, Mapping[str, Any]] | None = None  # the backbone's name and options
         self._sizes: dict[tuple[int, int], FlowModel] = {}
         untold = None if guidance == 1 else negative
         limit = self.resources.conditions_in_memory

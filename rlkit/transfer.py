@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,9 +94,9 @@ def buckets(stream: Sequence[Piece], most: int = BUCKET) -> Iterator[Bucket]:
         yield Bucket(tuple(held), tuple(offsets), size)
 
 
-def pack(bucket: Bucket, weights: Mapping[str, Tensor]) -> Tensor:
-    """The bucket's tensors as one row of bytes, on the CPU."""
-    row = torch.zeros(bucket.bytes, dtype=torch.uint8)
+def pack(bucket: Bucket, weights: Mapping[str, Tensor], into: Tensor) -> Tensor:
+    """The bucket's tensors as one row of bytes, on the CPU: the beginning of `into`. Between them stands what stood."""
+    row = into[: bucket.bytes]
     for piece, start in zip(bucket.pieces, bucket.offsets, strict=True):
         source = weights[piece.name].detach().to("cpu").contiguous()
         row[start : start + piece.bytes] = source.reshape(-1).view(torch.uint8)
@@ -103,9 +104,13 @@ def pack(bucket: Bucket, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def unpack(bucket: Bucket, row: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a row of bytes, each with memory of its own: the row is filled again."""
+    """The tensors of a row of bytes, which share its memory."""
     for piece, start in zip(bucket.pieces, bucket.offsets, strict=True):
-        yield piece.name, row[start : start + piece.bytes].clone().view(piece.dtype).reshape(piece.shape)
+        yield piece.name, row[start : start + piece.bytes].view(piece.dtype).reshape(piece.shape)
+
+
+def _room(bucket: Bucket) -> Tensor:
+    return torch.zeros(bucket.bytes, dtype=torch.uint8)
 
 
 # ---- gloo ------------------------------------------------------------------------------------------------------------
@@ -124,14 +129,27 @@ class Line:
         self._group: Any = ProcessGroupGloo(PrefixStore("rlkit", store), rank, world, timedelta(seconds=seconds))
 
     def send(self, weights: Mapping[str, Tensor], most: int = BUCKET) -> None:
-        for bucket in buckets(pieces(weights), most):
-            self._broadcast(pack(bucket, weights))
+        """Two rows take turns: while one is sent, the next bucket is packed into the other."""
+        todo = list(buckets(pieces(weights), most))
+        rows = [torch.empty(max((one.bytes for one in todo), default=0), dtype=torch.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(1, "rlkit-pack") as packing:
+            packed = [packing.submit(pack, bucket, weights, rows[0]) for bucket in todo[:1]]
+            for turn in range(len(todo)):
+                row = packed.pop().result()
+                if turn + 1 < len(todo):
+                    packed.append(packing.submit(pack, todo[turn + 1], weights, rows[(turn + 1) % 2]))
+                self._broadcast(row)
 
     def receive(self, stream: Sequence[Piece], most: int = BUCKET) -> Iterator[tuple[str, Tensor]]:
-        for bucket in buckets(stream, most):
-            row = torch.empty(bucket.bytes, dtype=torch.uint8)
-            self._broadcast(row)
-            yield from unpack(bucket, row)
+        """Each bucket has memory of its own, which its tensors share: a network being loaded may hold on to them."""
+        todo = list(buckets(stream, most))
+        with ThreadPoolExecutor(1, "rlkit-room") as room:  # new memory is slow to touch: that is done beside the wait
+            ready = [room.submit(_room, bucket) for bucket in todo[:1]]
+            for turn, bucket in enumerate(todo):
+                row = ready.pop().result()
+                ready += [room.submit(_room, one) for one in todo[turn + 1 : turn + 2]]
+                self._broadcast(row)
+                yield from unpack(bucket, row)
 
     def _broadcast(self, row: Tensor) -> None:
         from torch.distributed import BroadcastOptions

@@ -51,7 +51,7 @@ def test_both_transports_carry_all_bytes_and_leave_nothing(tmp_path, monkeypatch
 def test_other_bytes_are_an_error_and_end_the_child(monkeypatch):
     """The child's side is another process, where the stream is as it is."""
     pack = transfer.pack
-    monkeypatch.setattr(transfer, "pack", lambda bucket, weights: pack(bucket, weights) ^ 1)
+    monkeypatch.setattr(transfer, "pack", lambda bucket, weights, into: pack(bucket, weights, into) ^ 1)
     with pytest.raises(RlkitError, match="transport gloo: other bytes arrived"):
         bench_transport.transports(1000, times=1)
     assert multiprocessing.active_children() == []
