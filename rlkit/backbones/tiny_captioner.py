@@ -1,7 +1,7 @@
 """The embedded world's captioner: Qwen2.5-VL's real class at toy size, which says what a 32x32 picture shows.
 
 Its processor enlarges a picture to 112 x 112, which are 64 patches and 16 tokens. The tokenizer is a byte-level BPE in
-which every word of the world is one token, and any other text is still readable, byte by byte. 1.0 M parameters. The
+which every word of the world is one token, and any other text is still readable, byte by byte. 1.1 M parameters. The
 shipped weights are what `rlkit pretrain-captioner` made; `tiny_captioner_base/scores.json` says how, and how good they
 are.
 """
@@ -121,7 +121,7 @@ def new_reader() -> Any:
 
 @dataclass(frozen=True)
 class TinyCaptioner:
-    """The embedded world's captioner: a Qwen2.5-VL of 1 M parameters that says what a 32x32 picture shows.
+    """The embedded world's captioner: a Qwen2.5-VL of 1.1 M parameters that says what a 32x32 picture shows.
 
     `path`: a folder that `rlkit pretrain-captioner` wrote; by default the weights that ship with rlkit.
     """
@@ -129,7 +129,7 @@ class TinyCaptioner:
     kind = "tokens"
     tasks = ("caption",)
     licence = "Apache-2.0"
-    parameters = "1.0 M"
+    parameters = "1.1 M"
     paper = ""
 
     path: str | None = None
