@@ -162,7 +162,7 @@ class Tokens:
 class Samples:
     """What a rollout returns: this process's share of the step's N_total samples, in ascending `index`.
 
-    Of a token policy: `tokens` and `texts`; it draws nothing, so that media and latents are [N, 0, 0, 0].
+    Of a token policy: `tokens` and `texts`; it draws nothing, so that media and latents are [N, 0].
     """
 
     media: Tensor  # [N, C, H, W] in 0..1, rounded to 1/255
