@@ -64,7 +64,7 @@ class LanguagePolicy(Weights):
             raise RecipeError(what, where="policy.encoders", hint="Leave it out.")
         limit = self.resources.conditions_in_memory
         self.conditions = Conditions(lambda size: model, None, shelf, limit=limit)
-        self.models = Sets(self, lambda name: TokenSet(self, name))
+        self.models = Sets(self, TokenSet)
 
     def models_with(self, score: object) -> Sets[TokenSet]:
         """The sets. Rewards have no gradient with respect to words."""

@@ -61,7 +61,7 @@ class Models(Sets[WeightSet]):
     """A flow policy's sets, and what a differentiable reward needs besides."""
 
     def __init__(self, policy: Policy, score: Score | None = None) -> None:
-        super().__init__(policy, lambda name: WeightSet(policy, name))
+        super().__init__(policy, WeightSet)
         self._policy = policy
         self._score = score
 

@@ -223,14 +223,15 @@ One = TypeVar("One", covariant=True)
 class Sets(Generic[One]):
     """A policy's sets as callables, by name. One that the stage did not make is an error, not a silent `current`."""
 
-    def __init__(self, weights: Weights, make: Callable[[str], One]) -> None:
+    def __init__(self, weights: Any, make: Callable[[Any, str], One]) -> None:
+        """make(weights, name). The weights stay an attribute, so that a copy of a policy has its own sets."""
         self._weights, self._make = weights, make
 
     def __getitem__(self, name: str) -> One:
         if name != "current" and name not in self._weights.sets:
             known = ", ".join(["current", *self._weights.sets])
             raise KeyError(f"the policy has no set {name!r} in this stage; it has: {known}")
-        return self._make(name)
+        return self._make(self._weights, name)
 
     @property
     def current(self) -> One:
