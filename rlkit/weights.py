@@ -7,6 +7,7 @@ one mechanism: LoRA starts as the identity, so a copy taken at the start is the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Lora:
         return (self.alpha or 2 * self.rank) / self.rank
 
 
-class Weights:
+class Weights(ABC):
     """One network with its sets. `train` is None (all weights) or a `Lora`, on `targets` unless it names its own."""
 
     def __init__(
@@ -202,9 +203,9 @@ class Weights:
                 self._put(kept)
         return self.write(folder)
 
+    @abstractmethod
     def write(self, folder: Path) -> str:
         """Write the current weights for others to load; returns the line that loads them."""
-        raise NotImplementedError
 
     def use(self, name: str) -> None:
         """Make a set's weights the current ones."""
