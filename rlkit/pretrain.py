@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def pretrain(out: Path, settings: Pretraining, say: Callable[[str], None] = prin
         examples = _batch(settings, numbers)
         pictures = torch.from_numpy(scenes.render_scenes([example.answer for example in examples]))
         dropped = numbers.random(settings.batch) < settings.no_caption
-        told = _misled([example.text for example in examples], settings.wrong_captions)
+        told = _misled(examples, settings.wrong_captions)
         texts = ["" if drop else text for text, drop in zip(told, dropped, strict=True)]
         clean = parts.autoencoder.encode(pictures)
         noise = torch.randn(clean.shape, generator=draws)
@@ -215,10 +215,14 @@ def _batch(settings: Pretraining, numbers: np.random.Generator) -> list[Example]
     return [one for task, n in counts.items() if n for one in instructions.draw(task, "train", n, numbers)]
 
 
-def _misled(texts: list[str], share: float) -> list[str]:
-    """The texts, the first `share` of them moved on by one place: each of these tells of its neighbour's picture."""
-    count = round(share * len(texts))
-    return texts[1:count] + texts[:1] + texts[count:] if count > 1 else texts
+def _misled(examples: Sequence[Example], share: float) -> list[str]:
+    """The texts, of each task the first `share` moved on by one: each of these tells of its neighbour's picture."""
+    told: list[str] = []
+    for _, of_task in groupby(examples, key=lambda example: example.task):
+        texts = [example.text for example in of_task]
+        count = round(share * len(texts))
+        told += texts[1:count] + texts[:1] + texts[count:] if count > 1 else texts
+    return told
 
 
 def _widened(parts: Parts, shown: int) -> Parts:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from making import told
@@ -16,7 +17,7 @@ from rlkit.data import WorldPrompts
 from rlkit.errors import DataError, RecipeError
 from rlkit.pretrain import Parts, Pretraining, _load, _misled, _widened, draw, pretrain
 from rlkit.types import FlowModel, Prompt
-from rlkit.world import grammar, instructions, obeys, scenes
+from rlkit.world import instructions, obeys, scenes
 
 SHORT = Pretraining(
     samples=384, batch=32, warmup=4, seed=3, evaluate_every=128, evaluate_on=10, score_on=10, threads=1
@@ -88,14 +89,16 @@ def test_a_second_run_goes_on_from_the_first_and_tells_of_it(
             torch.testing.assert_close(new[name], tensor, rtol=2e-3, atol=1e-6)
 
 
-def test_wrong_captions_are_those_of_other_pictures_and_as_many_as_asked() -> None:
-    captions = [caption.text for caption in grammar.split("train", "two")[:20]]
-    told = _misled(captions, 0.25)
-    assert told[5:] == captions[5:]
-    assert sorted(told[:5]) == sorted(captions[:5])
-    assert all(a != b for a, b in zip(told[:5], captions[:5], strict=True))
-    assert _misled(captions, 0.0) == captions
-    assert len(told) == 20
+def test_wrong_captions_are_those_of_other_pictures_and_as_many_of_each_task_as_asked() -> None:
+    numbers = np.random.default_rng(0)
+    examples = [one for task in ("t2i", "edit", "in_context") for one in instructions.draw(task, "train", 20, numbers)]
+    texts = [example.text for example in examples]
+    told = _misled(examples, 0.25)
+    for first in (0, 20, 40):
+        assert told[first + 5 : first + 20] == texts[first + 5 : first + 20]
+        assert sorted(told[first : first + 5]) == sorted(texts[first : first + 5])
+        assert told[first : first + 5] != texts[first : first + 5]
+    assert _misled(examples, 0.0) == texts
 
 
 @pytest.mark.parametrize(
