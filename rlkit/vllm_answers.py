@@ -1,7 +1,8 @@
 """What vLLM is asked for one request, and how its answer is read: the same in this process and over HTTP.
 
-Sampling is exactly softmax(logits / temperature). Every option of vLLM that would change the distribution is switched
-off in each request, as are the defaults that a network's folder may bring.
+Sampling is exactly softmax(logits / temperature), without the token that stands for a picture: the learner's networks
+give it no probability. Every other option of vLLM that would change the distribution is switched off in each request,
+as are the defaults that a network's folder may bring.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rlkit.workers import Answer, Fault, Request
 
 ADAPTER = "rlkit-"  # how the names of our adapters begin
 LOWEST = -9000.0  # vLLM writes -9999 for a log-prob that is NaN or minus infinity
+NEVER = -100.0  # the lowest that vLLM's routes let through; e^-100 of another token's probability is 0 in fp32
 
 
 def adapter_name(version: int) -> str:
@@ -40,6 +42,8 @@ def sampling(request: Request) -> dict[str, Any]:
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        # Added before the temperature and before the log-probs are taken (processed_logprobs).
+        "logit_bias": None if request.picture_token is None else {request.picture_token: NEVER},
     }
 
 

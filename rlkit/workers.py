@@ -34,8 +34,8 @@ class Request:
     seed: int | None = None
     ends: tuple[int, ...] = ()  # tokens that end an answer; no other does
     images: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # [3, H, W] in 0..1 each
-    picture_token: int | None = None  # the token that pictures fill
-    prompt_log_probs: bool = False  # also those of the prompt, not divided by the temperature
+    picture_token: int | None = None  # the token that pictures fill; no answer holds it, with or without images
+    prompt_log_probs: bool = False  # also those of the prompt: of all tokens, and not divided by the temperature
 
     def __post_init__(self) -> None:
         if not self.ids or min(self.ids) < 0:

@@ -6,11 +6,12 @@ In this process where that is enough, and one server for what only servers do.
 import copy
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,9 @@ from rlkit import vllm_plugin
 from rlkit.pictures import to_pil
 from rlkit.push import File, Gloo, Lora, Nothing, _Verbs
 from rlkit.serving import Served, _descendants, serve
-from rlkit.vllm_server import Server
+from rlkit.transfer import free_port
+from rlkit.types import Span
+from rlkit.vllm_server import Server, ServerWorker
 from rlkit.worker_pool import Patience, Pool
 from rlkit.workers import Failure, Fault, Request, WorkerError
 
@@ -192,14 +195,99 @@ def test_pictures_and_the_tower_that_reads_them(pictures: Rig, shown: Shown) -> 
 
 
 @pytest.fixture(scope="module")
-def served(pictures: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def port() -> int:
+    return free_port("127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def served(pictures: Rig, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = replace(ENGINE, longest=1024, receive="rlkit_gloo", pictures=2, lora_rank=8)
-    running = serve(pictures.folder, 0, engine, tmp_path_factory.mktemp("served") / "log")
+    running = serve(pictures.folder, port, engine, tmp_path_factory.mktemp("served") / "log")
     try:
         running.wait(900)
         yield running
     finally:
         running.stop()
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
+
+
+def engines(served: Served) -> list[int]:
+    """The processes that hold the network."""
+    found = [pid for pid in _descendants(served.process.pid) if b"EngineCore" in command(pid)]
+    assert found
+    return found
+
+
+def out_of_use(pool: Pool, worker: ServerWorker, label: str) -> None:
+    """Nobody asks this worker, and nobody gives it weights: not this learner, and not one that is started later."""
+    for one in (pool, Pool([Server(worker.name, seconds=300).open()], Patience(pause=0.0))):
+        (failure,) = one.map([Request(PROMPT, 4)])
+        assert isinstance(failure, Failure)
+        assert failure.attempts == 0
+        assert f"{worker.name} is broken" in failure.reason
+        with pytest.raises(WorkerError, match="reached 0 of 1 workers"):
+            one.push({}, 99, Nothing())
+        assert worker.label() == label
+
+
+def test_a_server_whose_update_failed_is_out_until_it_is_started_again(
+    pictures: Rig, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    engine = replace(ENGINE, longest=1024, receive="rlkit_file", pictures=2)
+    first = serve(pictures.folder, port, engine, tmp_path / "log")
+    try:
+        first.wait(900)
+        worker = Server(first.url, seconds=300).open()
+        pool = Pool([worker], Patience(pause=0.0, request=900, deadline=900))
+        whole = File(tmp_path, replace(pictures, version=60).canary(), seconds=300)
+        weights = dict(pictures.model.named_parameters())
+        pool.push(weights, 60, whole)
+        assert pool.states == {worker.name: "ready"}
+
+        last = "model.language_model.norm.weight"
+        with pytest.raises(
+            WorkerError, match=r"version 61 reached 0 of 1 workers: .*load weight \(torch.Size\(\[3\]\)\)"
+        ):
+            pool.push(weights | {last: torch.ones(3)}, 61, whole)
+        out_of_use(pool, worker, "broken-61")
+
+        cut = whole.prepare(weights, 62)
+        os.truncate(cut, cut.stat().st_size // 2)
+        with pytest.raises(WorkerError, match="file not fully covered"):
+            whole(worker, cut, 62)
+        out_of_use(pool, worker, "broken-62")
+
+        update, (engine_pid,) = worker.update, engines(first)
+
+        def killed(info: Mapping[str, Any], seconds: float) -> None:
+            """It stands still before it is asked, and is ended while it is: so it never gets to the end.
+
+            vLLM leaves such a call without an answer: only the push's own patience ends it.
+            """
+            os.kill(engine_pid, signal.SIGSTOP)
+            with ThreadPoolExecutor(1) as thread:
+                asked = thread.submit(update, info, seconds)
+                os.kill(engine_pid, signal.SIGKILL)
+                asked.result()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "update", killed)
+            with pytest.raises(WorkerError, match="/update_weights"):
+                replace(whole, seconds=5)(worker, whole.prepare(weights, 63), 63)
+        assert pool.look() == {worker.name: "broken"}
+    finally:
+        first.stop()
+    assert request.getfixturevalue("served").url == worker.name, "started again in the same place"
+    pool.push(weights, 64, Gloo(canary=replace(pictures, version=64).canary(), seconds=300))
+    assert pool.states == {worker.name: "ready"}
+    ((answer,),) = pool.map([Request(PROMPT, 4)])
+    assert answer.spans == (Span(64, 0, 4),)
 
 
 def tokens(served: Served) -> float:
@@ -238,7 +326,7 @@ def test_a_server_is_updated_under_way_and_by_adapters(
     assert rig.differs() <= EXACT
     assert shown.differs(rig) <= EXACT
     other = Server(served.url, seconds=300, route="completions").open()
-    both = Request(PROMPT, 8, 1, 0.7, 3, ENDS, prompt_log_probs=True)
+    both = Request(PROMPT, 8, 1, 0.7, 3, ENDS, picture_token=shown.request.picture_token, prompt_log_probs=True)
     told = other.answer([both], 300)
     assert not isinstance(told[0], Fault), told
     assert told == worker.answer([both], 300)
@@ -265,9 +353,7 @@ def test_a_server_that_is_killed_costs_nothing_but_time(pictures: Rig, served: S
         found = thread.submit(pool.map, asked)
         while tokens(served) == sampled:
             assert not found.done(), found.result()
-        engine = [pid for pid in _descendants(served.process.pid) if b"EngineCore" in command(pid)]
-        assert engine
-        for pid in engine:
+        for pid in engines(served):
             os.kill(pid, signal.SIGKILL)
         answers = found.result()
     assert all(isinstance(one, tuple) and len(one[0].ids) == 300 for one in answers), answers
@@ -279,13 +365,6 @@ def test_a_server_that_is_killed_costs_nothing_but_time(pictures: Rig, served: S
     served.stop()
     assert shared
     assert not any(one.exists() for one in shared), "a killed engine leaves its shared memory to us"
-
-
-def command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has ended meanwhile
-        return b""
 
 
 def test_an_update_that_fails_half_way_puts_the_worker_out(untied: Rig) -> None:

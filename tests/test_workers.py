@@ -79,6 +79,7 @@ def test_what_a_server_is_asked(fake, pool_of) -> None:
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "logit_bias": {"8": -100.0},
     }
     assert "cannot be read" in told[0].reason, "prompt log-probs were asked for and did not come"
 

@@ -71,11 +71,13 @@ def redrawn(model: Any, seed: int) -> None:
 
 @torch.no_grad()
 def log_probs(
-    model: Any, prompt: Sequence[int], ids: Sequence[int], temperature: float, **pictures: Any
+    model: Any, prompt: Sequence[int], ids: Sequence[int], temperature: float, never: int | None = None, **pictures: Any
 ) -> list[float]:
-    """Of the answer's tokens, by transformers."""
+    """Of the answer's tokens, by transformers, if the token `never` has no probability."""
     whole = torch.tensor([[*prompt, *ids]])
     logits = model(input_ids=whole, **pictures).logits[0, len(prompt) - 1 : -1].float()
+    if never is not None:
+        logits[:, never] = -torch.inf
     table = (logits / temperature).log_softmax(-1)
     return table.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
@@ -166,5 +168,6 @@ class Shown:
         beside = {name: one for name, one in self.given.items() if name not in ("input_ids", "attention_mask")}
         types = beside["mm_token_type_ids"]
         beside["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, len(told[0].ids))], 1)
-        expected = log_probs(rig.model, self.request.ids, told[0].ids, self.request.temperature, **beside)
+        asked = self.request
+        expected = log_probs(rig.model, asked.ids, told[0].ids, asked.temperature, asked.picture_token, **beside)
         return max(abs(a - b) for a, b in zip(told[0].log_probs, expected, strict=True))
