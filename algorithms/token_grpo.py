@@ -93,7 +93,8 @@ class TokenGRPO(Algorithm):
         return self.aggregate or ("dapo" if self.level == "token" else "grpo")
 
     def needs(self) -> Needs:
-        return Needs(kind="tokens", log_prob=True, group=2, rows=1, advantage=True, reference=self.kl > 0)
+        corrects, measured = self.importance != "off", self.kl > 0
+        return Needs("tokens", log_prob=True, group=2, rows=1, advantage=True, reference=measured, corrects=corrects)
 
     def rows(self, samples: Samples, scores: Scores, context: Context) -> TokenRows:
         everyone = advantage.of_step(self.advantage, samples, scores, context)  # [N_total]

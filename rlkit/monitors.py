@@ -20,7 +20,7 @@ from rlkit.errors import RecipeError, nearest
 from rlkit.looks import Colour, Copy, Sharpness, TextArea
 from rlkit.reading import Action, Alarm, Memory, Reading
 from rlkit.sanity import Sanity
-from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Spread, panel
+from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Mismatch, Spread, panel
 from rlkit.tracking import HELD_OUT
 
 
@@ -33,6 +33,7 @@ class Monitors:
     spread: Spread | None = field(default_factory=Spread)
     diversity: Diversity | None = field(default_factory=Diversity)
     drift: Drift | None = field(default_factory=Drift)
+    mismatch: Mismatch | None = field(default_factory=Mismatch)
     sharpness: Sharpness | None = field(default_factory=Sharpness)
     colour: Colour | None = field(default_factory=Colour)
     text_area: TextArea | None = field(default_factory=TextArea)

@@ -28,6 +28,7 @@ class Reading:
     scores: Scores
     rewards: Sequence[WeightedReward]
     gather: Callable[[Tensor], Tensor]  # [n, ...] of each process -> [sum n, ...] of all, in rank order
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network
 
 
 @dataclass(frozen=True)

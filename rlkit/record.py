@@ -42,6 +42,15 @@ def describe_scores(samples: Samples, scores: Scores, gather: Gather) -> dict[st
     return row | _describe_previews(samples, scores, gather)
 
 
+def describe_ages(samples: Samples, version: int, gather: Gather) -> dict[str, float]:
+    """How many updates older than the weights that learn (`version`) those were that wrote: of the oldest token of each
+    answer. Pictures are always drawn by the newest."""
+    if samples.tokens is None:
+        return {}
+    age = version - gather(samples.oldest)
+    return {"age/mean": float(age.double().mean()), "age/max": float(age.max()), "stale/refilled": samples.refilled}
+
+
 def _describe_previews(samples: Samples, scores: Scores, gather: Gather) -> dict[str, float]:
     """`reward_at/STEP`: the mean reward of the pictures that the states before this step of the schedule promise."""
     if samples.preview_of is None or scores.previews is None or samples.path is None:

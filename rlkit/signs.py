@@ -257,3 +257,35 @@ class Drift:
         what = "|ratio/mean - 1|" if name == "ratio" else name
         text = f"{what} is {shares[name] * cap:.3g} in the mean of the last {self.window} steps, above {cap:g}"
         return Finding({"": shares[name]}, Alarm(shares[name] * cap, cap, text))
+
+
+APART = {"fp32": 1e-4, "bf16": 0.05}  # a mean |difference of log-probs| of equal weights that rounding explains
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The engine that samples and the trainer disagree about the same weights: some did not arrive, or a cache is old.
+
+    Silent about a step with answers of older weights, which may differ, and where the algorithm does not compute the
+    trainer's own log-probs of what was sampled.
+    """
+
+    at_most: float | None = None  # the mean |difference of log-probs| of a step; None: 1e-4, and 0.05 in bf16
+    action: Action = "warn"
+
+    moment: ClassVar = "train"
+
+    def __post_init__(self) -> None:
+        if self.at_most is not None:
+            positive(at_most=self.at_most)
+
+    def look(self, reading: Reading, memory: Memory) -> Finding | None:
+        apart = reading.row.get("mismatch/mean")
+        if apart is None or reading.row.get("age/max", 0) > 0:
+            return None
+        limit = self.at_most or APART[reading.precision]
+        if apart <= limit:
+            return Finding({"": apart})
+        text = f"the engine that samples and the trainer differ by {apart:.2g} in a token's log-prob, in the mean of a "
+        text += f"step and with equal weights; {limit:g} is allowed. Is it the same network in the same precision?"
+        return Finding({"": apart}, Alarm(apart, limit, text))

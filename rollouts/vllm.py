@@ -6,6 +6,10 @@ proves that the weights arrived. Prompts go as token ids and come back as token 
 the network reads them.
 
 A request that fails on every worker is an error: a group without some of its members would be another group.
+
+With `ahead` the servers sample the next steps while the learner computes, and get new weights in the middle of that. An
+answer is as old as its oldest token; groups that are older than `max_age` updates are sampled again, with the weights
+of now. A run with `ahead: 0` can be resumed to the bit; with more, what was under way is asked for anew.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
+from rlkit.rollouts._ahead import Ahead, Told, too_old
 from rlkit.rollouts._token_samples import Written, samples_of
 from rlkit.serving import Engine
 from rlkit.types import Context, Plan, Prompt, Samples, Span, seed_of
@@ -51,6 +56,8 @@ class VLLM:
     most: int = 64  # tokens of an answer
     temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
     urls: tuple[str, ...] = ()  # of servers; none: an engine in this process
+    ahead: int = 0  # steps whose answers are begun before their turn, by servers; the algorithm must correct for age
+    max_age: int = 0  # updates that lie between the weights of an answer's oldest token and those that learn from it
     sync: Literal["file", "gloo", "nccl", "lora"] | None = None  # how weights get there; None: as fits
     folder: str | None = None  # that learner and workers share, for `file` and `lora`; None: in this machine's memory
     host: str = "127.0.0.1"  # the learner's address as workers reach it, for `gloo` and `nccl`
@@ -72,12 +79,23 @@ class VLLM:
             raise ValueError(f"tolerance must be above 0, not {self.tolerance}")
         if self.urls and self.folder is None and self.sync in ("file", "lora"):
             raise ValueError(f"sync: {self.sync} needs a `folder` that the servers see too")
+        if self.ahead < 0 or self.max_age < 0:
+            raise ValueError(f"ahead and max_age must be 0 or more, not {self.ahead} and {self.max_age}")
+        if self.ahead and not self.urls:
+            what = f"ahead: {self.ahead} needs servers (urls): an engine in this process cannot sample while it learns"
+            raise ValueError(what)
+        if self.ahead and not self.max_age:
+            what = f"ahead: {self.ahead} samples with weights that are one update old or more, and max_age is 0: every "
+            raise ValueError(f"{what}answer would be thrown away. Set max_age: {self.ahead}, or ahead: 0")
         try:
             Patience(**self.patience)
         except TypeError as error:
             raise ValueError(f"patience: {error}") from error
 
     def start(self, policy: LanguagePolicy, processes: Processes) -> VLLMRollout:
+        if self.ahead > 1 and self.sync_for(policy, bool(self.urls)) == "lora":
+            what = "a server keeps the newest adapter and the one before, and answers would be of older ones."
+            raise RecipeError(what, where="rollout.ahead", hint="Set ahead: 1, or sync: gloo.")
         return VLLMRollout(self, policy, processes)
 
     def sync_for(self, policy: LanguagePolicy, served: bool) -> str:
@@ -119,19 +137,23 @@ class VLLMRollout:
         self._temporary = tempfile.TemporaryDirectory(prefix="rlkit-", dir=MEMORY if MEMORY.is_dir() else None)
         self._folder = Path(options.folder) if options.folder else Path(self._temporary.name)
         self._by: Any = None
+        self._ahead = Ahead(options.ahead)
+        self._prompt: Prompt | None = None  # of the last step: what a canary asks
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """The learner has new weights. They are brought when somebody asks: an evaluation may want others first."""
+        """The learner has new weights. They are brought when somebody asks: an evaluation may want others first. Only
+        answers that are under way get them at once."""
         self.version = version
         self._holds = None
+        if self._ahead.under_way and self._prompt is not None:
+            self._ready(self._ahead.policy_set, self._prompt)
 
     def health(self) -> str:
         return "ok" if self._pool is None else ", ".join(f"{k}: {v}" for k, v in self._pool.look().items())
 
     def close(self) -> None:
         if self._pool is not None:
-            for worker in self._pool.workers.values():
-                worker.close()
+            self._ahead.close(self._pool)
         self._pool = None
         self._temporary.cleanup()
 
@@ -141,14 +163,39 @@ class VLLMRollout:
         """This process's share of the step's samples."""
         share = self.processes.share(len(prompts))
         index = torch.arange(share.start, share.stop)
-        asked = [prompts.prompts[i // prompts.group] for i in index.tolist()]
-        self.policy.conditions.encode(asked or prompts.prompts[:1])
-        pool = self._ready(plan.policy_set, (asked or list(prompts.prompts))[0])
-        key = (context.seed, context.stage, context.step, "answer")
-        requests = [self._request(prompt, seed_of(*key, i)) for prompt, i in zip(asked, index.tolist(), strict=True)]
+        self._prompt = prompts.prompts[(share or range(1))[0] // prompts.group]
+        pool, requests = self._ready(plan.policy_set, self._prompt), self._requests(prompts, context)
+        training = self.options.ahead > 0 and context.coming is not None
+        told = self._told_ahead(pool, requests, plan, context) if training else pool.map(requests)
+        written, refilled = [self._read(one) for one in told], 0
+        if training:
+            group, oldest = index // prompts.group, self.version - self.options.max_age
+            again, refilled = too_old(written, group, oldest, context.gather)
+            fresh = pool.map([requests[row] for row in again]) if again else []
+            for row, one in zip(again, fresh, strict=True):
+                written[row] = self._read(one)
+            self.policy.calls += sum(requests[row].most for row in again)
         self.policy.calls += sum(one.most for one in requests)
-        written = [self._read(one) for one in pool.map(requests)]
-        return samples_of(self.policy, prompts, index, written, self.options.temperature, self.version, context)
+        samples = samples_of(self.policy, prompts, index, written, self.options.temperature, self.version, context)
+        return replace(samples, refilled=refilled)
+
+    def _told_ahead(self, pool: Pool, requests: Sequence[Request], plan: Plan, context: Context) -> Told:
+        """What the workers say to the requests of this step, and those of the next ones are begun meanwhile."""
+        name, step = plan.policy_set, context.step
+        if not self._ahead.has(step, name):
+            self._ahead.begin(step, pool, requests, name)
+        for more in range(1, self.options.ahead + 1):
+            coming = None if self._ahead.has(step + more, name) or context.coming is None else context.coming(more)
+            if coming is not None and coming[1].policy_set == name:  # workers hold one set at a time
+                self._ahead.begin(step + more, pool, self._requests(coming[0], coming[2]), name)
+        return self._ahead.take(step)
+
+    def _requests(self, prompts: PromptBatch, context: Context) -> list[Request]:
+        """One for each sample of this process's share of a step, each with a seed of its own."""
+        places = {i: prompts.prompts[i // prompts.group] for i in self.processes.share(len(prompts))}
+        self.policy.conditions.encode(places.values())
+        key = (context.seed, context.stage, context.step, "answer")
+        return [self._request(prompt, seed_of(*key, i)) for i, prompt in places.items()]
 
     def _request(self, prompt: Prompt, seed: int) -> Request:
         model, condition = self.policy.model, self.policy.conditions.of(prompt.key)
@@ -179,6 +226,8 @@ class VLLMRollout:
         if self._pool is None:
             self._pool = self._open()
         if self._holds != wanted:
+            if name != self._ahead.policy_set:
+                self._ahead.wait()  # of another set no token may get into those answers
             self.pushed += 1
             self.learners[self.pushed] = self.version
             by = self._push(name, prompt)
@@ -202,6 +251,7 @@ class VLLMRollout:
         return self._by
 
     def _canary(self, name: str, prompt: Prompt) -> push.Canary:
+        self.policy.conditions.encode([prompt])  # its step may be over, and the prompt forgotten
         request = self._request(prompt, seed_of("canary", self.pushed))
         request = replace(request, most=min(CANARY, request.most))
 

@@ -19,7 +19,7 @@ from rlkit.monitors import Monitors, Watch
 from rlkit.reading import Reading
 from rlkit.sanity import Sanity, judged, refused
 from rlkit.scoring import Scoring, WeightedReward
-from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Spread, distance, panel
+from rlkit.signs import Collapse, Diversity, Drift, HeldOut, Mismatch, Spread, distance, panel
 from rlkit.tracking import Metrics, Tracker
 from rlkit.types import Prompt, Samples, Scores
 
@@ -210,6 +210,31 @@ def test_the_policy_went_too_far(far, text):
     assert look(Drift(window=2), [reading({}, "train")] * 3) == [None] * 3, "an algorithm that reports none of them"
 
 
+def apart(value, age=0.0, precision="fp32"):
+    return replace(reading({"mismatch/mean": value, "age/max": age}, "train"), precision=precision)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_engine_and_trainer_disagree_about_the_same_weights(precision, limit):
+    seen = [apart(limit * much, precision=precision) for much in (0.5, 1.0, 1.01)]
+    assert alarmed(Mismatch(), seen) == [False, False, True]
+    finding = look(Mismatch(), seen)[-1]
+    assert finding.figures[""] == finding.alarm.value == limit * 1.01
+    assert finding.alarm.threshold == limit
+    assert f"{limit:g} is allowed" in finding.alarm.text
+    assert alarmed(Mismatch(at_most=2 * limit), seen) == [False] * 3
+    assert alarmed(Mismatch(at_most=limit / 4), seen) == [True] * 3
+
+
+def test_older_weights_may_differ_and_rows_without_both_log_probs_say_nothing():
+    assert look(Mismatch(), [apart(3.0, age=1.0)]) == [None]
+    assert look(Mismatch(), [reading({"ratio/mean": 1.0}, "train")]) == [None]
+    assert alarmed(Mismatch(), [reading({"mismatch/mean": 3.0}, "train")]) == [True], "a rollout that knows of no age"
+    watch = Watch(replace(Monitors.none(), mismatch=Mismatch()))
+    said = [len(watch.look(one)[1]) for one in (apart(1.0), apart(1.0, age=1.0), apart(1.0), apart(0.0), apart(1.0))]
+    assert said == [1, 0, 0, 0, 1], "a stale step between two is not the end of an alarm"
+
+
 # ------------------------------------------------------------------------------------------ evaluations: the pictures
 
 
@@ -349,7 +374,7 @@ def test_a_run_in_which_nothing_changes_raises_nothing():
     watch = Watch(Monitors())
     seen = set()
     for _ in range(25):
-        columns, raised = watch.look(step(0.3, 0.95, kl=0.2))
+        columns, raised = watch.look(step(0.3, 0.95, kl=0.2, **{"mismatch/mean": 1e-5, "age/max": 0.0}))
         assert raised == []
         seen |= set(columns)
     for _ in range(4):
@@ -435,6 +460,7 @@ def test_best_by_is_a_column_of_the_evaluations():
         lambda: Spread(window=0),
         lambda: Diversity(least=-1.0),
         lambda: Drift(kl=math.nan),
+        lambda: Mismatch(at_most=0.0),
         lambda: Sharpness(least=3.0),
         lambda: Colour(most=0.0),
         lambda: TextArea(times=0.0),
