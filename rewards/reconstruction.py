@@ -6,6 +6,8 @@ The reward is CLIP's; Unified-Bench is the plain mean over CLIP, LongCLIP, DINOv
 
 Differences from the reference code:
 * The paper names no checkpoints: the defaults here are ours, and so its table's numbers are not to be expected exactly.
+* `clip_path: world` is the encoder that ships with rlkit, 0.4 M parameters made by `rlkit pretrain-encoder`: for the
+  embedded world's 32x32 pictures of coloured shapes, and for nothing else. It hardly sees relations (left of, above).
 * CLIP's vectors are those after the projection, DINO's the class token after the last norm.
 * Values are -1..1: a recipe's `scale` makes per cents of them.
 * Pictures are resized in floating point and not rounded to bytes in between: the paper's cold start trains the
@@ -40,7 +42,7 @@ class Reconstruction:
     """
 
     encoders: tuple[str, ...] = ("clip",)  # Unified-GRPO's; Unified-Bench: [clip, longclip, dinov2, dinov3]
-    clip_path: str = "openai/clip-vit-large-patch14"  # hub name or folder, as those below
+    clip_path: str = "openai/clip-vit-large-patch14"  # hub name or folder, as those below; world: the embedded world's
     longclip_path: str = "zer0int/LongCLIP-L-Diffusers"  # only its picture encoder is read
     dinov2_path: str = "facebook/dinov2-base"
     dinov3_path: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"  # behind a licence that has to be accepted on the hub

@@ -30,6 +30,7 @@ TOWERS = {  # the picture encoder in each kind of checkpoint
     "dinov2": "Dinov2Model",
     "dinov3_vit": "DINOv3ViTModel",
 }
+WORLD = Path(__file__).parent / "backbones" / "world_encoder_base"  # what `rlkit pretrain-encoder` made
 AT_ONCE = 64  # pictures or texts in one pass, so that memory does not grow with the number of samples
 
 
@@ -179,7 +180,8 @@ def clip_of(network: Any, tokenizer: Any, preprocessing: Preprocessing, device: 
 
 
 def load_pictures(name: str, device: torch.device, dtype: str) -> Pictures:
-    """The picture encoder alone of a checkpoint of CLIP (LongCLIP too), DINOv2 or DINOv3."""
+    """The picture encoder alone of a checkpoint of CLIP (LongCLIP too), DINOv2 or DINOv3; "world": the embedded
+    world's, which ships with rlkit."""
     import transformers
 
     with _explained(name):
@@ -267,6 +269,8 @@ def load_state(place: str) -> dict[str, Tensor]:
 
 
 def _place(name: str) -> str:
+    if name == "world":
+        return str(WORLD)
     if name.startswith((".", "~", "/")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError("there is no such folder")
     return str(Path(name).expanduser()) if name.startswith("~") else name

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, DINOv
 
 from rlkit.rewards.reconstruction import Reconstruction
 from rlkit.types import Prompt, Samples, Unscored
+from rlkit.world import grammar, scenes
 
 CPU = torch.device("cpu")
 NAMES = ("clip", "longclip", "dinov2", "dinov3")
@@ -172,3 +174,57 @@ def test_only_the_chosen_encoders_are_read(places: dict[str, str], tmp_path: Pat
     assert set(Reconstruction(("dinov2",), **missing).load(CPU).encoders) == {"dinov2"}
     with pytest.raises(Exception, match="no such folder"):
         Reconstruction(("dinov3",), **missing).load(CPU)
+
+
+# ---- the embedded world's encoder, which ships with rlkit ------------------------------------------------------------
+
+CHANGES = {  # of the caption in one fact; which way two objects stand is the one that this encoder hardly sees
+    "colour": ("a red circle left of a blue square", "a green circle left of a blue square"),
+    "shape": ("a red circle left of a blue square", "a red triangle left of a blue square"),
+    "binding": ("a red circle and a blue square", "a blue circle and a red square"),
+    "number": ("three yellow crosses", "two yellow crosses"),
+    "missing": ("a red circle and a blue square", "a red circle"),
+    "place": ("a cyan cross in the top left", "a cyan cross in the bottom right"),
+}
+
+
+def pictures_of(text: str, count: int, seed: int) -> Tensor:
+    captions = [grammar.parse(text)] * count
+    return torch.from_numpy(scenes.render_batch(captions, np.random.default_rng(seed)))
+
+
+@pytest.fixture(scope="module")
+def world() -> Any:
+    return Reconstruction(clip_path="world").load(CPU)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_worlds_encoder_prefers_what_shows_the_same(
+    world: Any, samples_of: Callable[..., Samples], change: str
+) -> None:
+    """Other places and sizes, where the caption leaves them open, cost less than a fact of it."""
+    text, other = CHANGES[change]
+    sources = list(pictures_of(text, 32, seed=0))
+    same, _ = world(asked(samples_of, pictures_of(text, 32, seed=1), sources))
+    changed, _ = world(asked(samples_of, pictures_of(other, 32, seed=1), sources))
+    assert same.mean() > changed.mean() + 0.05
+    assert (same > changed).float().mean() > 0.8
+
+
+def test_the_worlds_encoder_gives_a_picture_itself_1_and_a_gradient(
+    world: Any, samples_of: Callable[..., Samples]
+) -> None:
+    sources = pictures_of("two blue squares", 2, seed=0)
+    assert world(asked(samples_of, sources, list(sources)))[0].tolist() == pytest.approx([1, 1], abs=1e-5)
+    media = pictures_of("a blue square", 2, seed=1).requires_grad_()
+    values, _ = world(asked(samples_of, media, list(sources)))
+    values.sum().backward()
+    assert media.grad is not None
+    assert media.grad.flatten(1).norm(dim=1).min() > 1e-3
+
+
+def test_a_folder_called_world_is_written_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert set(Reconstruction(clip_path="world").load(CPU).encoders) == {"clip"}
+    with pytest.raises(Exception, match=r"cannot read './world': there is no such folder"):
+        Reconstruction(clip_path="./world").load(CPU)
