@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlkit import flow
-from rlkit.types import Algorithm, Context, Loss, Models, Needs, Plan, Prompt, Rows, Samples, Scores
+from rlkit.types import Algorithm, Condition, Context, Loss, Models, Needs, Plan, Prompt, Rows, Samples, Scores
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,13 @@ class RewardBackprop(Algorithm):
     def loss(self, models: Models, rows: StartRows) -> Loss:
         x, divergence = rows.x, torch.zeros_like(rows.weight)
         steps = list(pairwise(rows.sigmas.unbind(1)))
+        told = models.current.told(rows.cond, x)
         for sigma, sigma_next in steps:
-            v = self._velocity(models, x, sigma, rows.cond)
+            v = self._velocity(models, x, sigma, told)
             if self.kl > 0:
                 # At a fixed state: the reference passes no gradient back to it, and half a gradient is a wrong one.
                 state = x.detach()
-                here = self._velocity(models, state, sigma, rows.cond) if x.requires_grad else v
+                here = self._velocity(models, state, sigma, told) if x.requires_grad else v
                 distance = flow.v_kl(here, models.reference.velocity(state, sigma, rows.cond))
                 divergence = divergence + distance / len(steps)
             x = flow.ode_step(x, v, sigma, sigma_next)
@@ -118,10 +119,10 @@ class RewardBackprop(Algorithm):
             metrics["kl"] = divergence.detach()
         return Loss(terms, metrics)
 
-    def _velocity(self, models: Models, x: Tensor, sigma: Tensor, cond: tuple[str, ...]) -> Tensor:
+    def _velocity(self, models: Models, x: Tensor, sigma: Tensor, told: Condition) -> Tensor:
         if not self.checkpointing:
-            return models.current.velocity(x, sigma, cond)
-        again: Tensor = checkpoint(models.current.velocity, x, sigma, cond, use_reentrant=False)
+            return models.current.velocity(x, sigma, told)
+        again: Tensor = checkpoint(models.current.velocity, x, sigma, told, use_reentrant=False)
         return again
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +29,15 @@ class Composition:
     below .5; 'mixed' is their mean, so that a group without a fully true picture still has a signal. Report strict:
     partial credit alone can look healthy in a picture that breaks a claim.
 
+    by: 'prompt' judges by what was asked for; 'caption' by the metadata `caption` of a prompt, which the world's task
+    caption gives: what the source was drawn from, so that a picture which repeats the source is true.
+
     Returns (values [N], {"strict": [N], "graded": [N]}); NaN, that is not scored, where a prompt asks for
     nothing of this world.
     """
 
     score: str = "mixed"
+    by: Literal["prompt", "caption"] = "prompt"
 
     reads = ("prompt",)
     optional = ("source", "references")
@@ -53,13 +57,18 @@ class Composition:
             raise ValueError(f"score={self.score!r} is none of {', '.join(SCORES)}{hint}")
 
     def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        asked = [_asked(prompt) for prompt in samples.prompts]
+        asked = [_asked(prompt) if self.by == "prompt" else _shown(prompt) for prompt in samples.prompts]
         images = samples.media.detach().to("cpu", torch.float32).numpy()
         verdicts = check_asked(images, asked)
         strict = torch.tensor([math.nan if one is None else one.strict for one in verdicts])
         graded = torch.tensor([math.nan if one is None else one.graded for one in verdicts])
         values = {"strict": strict, "graded": graded, "mixed": (strict + graded) / 2}[self.score]
         return values, {"strict": strict, "graded": graded}
+
+
+def _shown(prompt: Prompt) -> Asked:
+    """What a prompt's source shows. Nothing is asked for where nothing is known of that."""
+    return Asked(str(prompt.metadata.get("caption", "")), None, ())
 
 
 def _asked(prompt: Prompt) -> Asked:

@@ -223,9 +223,15 @@ class _Timed(trainer.Run):
         with super().timed(phase), self.watch.timing(phase, self.policy.device):
             yield
 
+    @property
+    def whole(self) -> Weights:
+        """The policy, which is one network: `bench` loads no other."""
+        assert isinstance(self.policy, Weights)
+        return self.policy
+
     def report(self, step: int, samples: Samples, scores: Scores) -> None:
         steps = 0 if samples.sigmas is None else len(samples.sigmas) - 1  # None: nobody sampled
-        self.watch.demanded = samples.total * steps * _passes(self.policy)
+        self.watch.demanded = samples.total * steps * _passes(self.whole)
         super().report(step, samples, scores)
 
     def save(self) -> None:
@@ -238,7 +244,7 @@ class _Timed(trainer.Run):
         self.stage = replace(self.stage, steps=self.done + 1)
         self.over = False
         self.watch.clear()
-        hook = self.policy.net.register_forward_hook(self.watch.hook, with_kwargs=True)
+        hook = self.whole.net.register_forward_hook(self.watch.hook, with_kwargs=True)
         try:
             trainer.train(self)
         finally:
@@ -318,14 +324,14 @@ def _alive(device: torch.device) -> int:
 
 def _memory_ratio(run: _Timed, elsewhere: int) -> float | None:
     """Peak of a real step over that of the bare network. `elsewhere`: bytes that were there before the run."""
-    device, net = run.policy.device, run.policy.net
+    device, net = run.policy.device, run.whole.net
     before = _alive(device) - elsewhere
     run.watch.clear()  # what goes away while the profiler looks on, but came before, is counted as staying
     run.saves = False
     real = _peak(device, run.one_step)
     run.saves = True
     kinds = list(run.watch.inputs)  # each kind once more, so that gradients are there while others are computed
-    ideal = _peak(device, partial(replay, run.policy, run.watch, [*kinds, *kinds]))
+    ideal = _peak(device, partial(replay, run.whole, run.watch, [*kinds, *kinds]))
     if real is None or ideal is None:
         return None
     weights = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
@@ -363,7 +369,7 @@ def train(workload: str, algorithm: str | None = None, words: Sequence[str] = ()
         elsewhere = _alive(processes.device)
         run = _begin(setup, processes, Path(folder))
         run.one_step()
-        replay(run.policy, run.watch, list(run.watch.inputs))
+        replay(run.whole, run.watch, list(run.watch.inputs))
         memory_ratio = _memory_ratio(run, elsewhere)
         real, ideal = [], []
         for _ in range(repeats):
@@ -419,7 +425,7 @@ def _ideal_seconds(run: _Timed) -> dict[str, float]:
     seconds = {}
     for phase in ("sample", "train"):
         started = _now(run.policy.device)
-        replay(run.policy, run.watch, [call for call in run.watch.calls if call.phase == phase])
+        replay(run.whole, run.watch, [call for call in run.watch.calls if call.phase == phase])
         seconds[phase] = _now(run.policy.device) - started
     return seconds
 
@@ -444,7 +450,7 @@ def _trained_rows(run: _Timed) -> int | None:
     needs, rows = run.algorithm.needs(), recipe.rows_per_step(run.stage)
     if rows is None or needs.differentiable:  # the latter go through the sampler, several calls a row
         return None
-    return rows * (1 if needs.pairs is None else 2) * run.stage.learner.epochs * _passes(run.policy)
+    return rows * (1 if needs.pairs is None else 2) * run.stage.learner.epochs * _passes(run.whole)
 
 
 def _passes(policy: Weights) -> int:

@@ -34,6 +34,7 @@ from rlkit import (
     reward_server,
     rollout_server,
     sources,
+    unified_bench,
 )
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
 
@@ -240,15 +241,23 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(setup.recipe, indent=2))
         return 0
-    train = setup.recipe["policy"]["train"]
-    how = f"LoRA, rank {train['lora']['rank']}" if "lora" in train else "all weights"
-    print(f"policy: {setup.recipe['policy']['backbone']['name']}, {how}, {setup.options.precision}")
+    policy = setup.recipe["policy"]
+    parts = {name: part["backbone"]["name"] for name, part in policy.get("parts", {}).items()}
+    whole = ", ".join(f"{name} {backbone}" for name, backbone in parts.items())
+    print(f"policy: {whole or _trains(policy['backbone']['name'], policy['train'])}, {setup.options.precision}")
     for stage in setup.stages:
+        plain = setup.recipe["stages"][stage.name]
         print(f"stage {stage.name}: {stage.steps:,} steps")
-        for key, text in _stage_table(stage, setup.recipe["stages"][stage.name]).items():
+        if stage.train:
+            print(f"  {'trains':<10} {'; '.join(_trains(name, way) for name, way in plain['train'].items())}")
+        for key, text in _stage_table(stage, plain).items():
             print(f"  {key:<10} {text}")
     print("ok")
     return 0
+
+
+def _trains(name: str, train: Mapping[str, Any]) -> str:
+    return f"{name}, LoRA, rank {train['lora']['rank']}" if "lora" in train else f"{name}, all weights"
 
 
 def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
@@ -535,6 +544,20 @@ def _pretrain_captioner(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pretrain_connector(options: argparse.Namespace) -> int:
+    from rlkit.pretrain_connector import Connecting, pretrain_connector
+
+    pretrain_connector(options.out, _settings(Connecting, options, "pretrain-connector"))
+    return 0
+
+
+def _pretrain_encoder(options: argparse.Namespace) -> int:
+    from rlkit.pretrain_encoder import Encoding, pretrain_encoder
+
+    pretrain_encoder(options.out, _settings(Encoding, options, "pretrain-encoder"))
+    return 0
+
+
 def _settings(kind: type[Any], options: argparse.Namespace, command: str) -> Any:
     """The settings that the words give; RecipeError for those that it has not, and for a folder that is in use."""
     settings = {}
@@ -612,7 +635,16 @@ COMMANDS = {
     "pretrain-captioner": Command(
         "Make the embedded world's captioner from nothing.", _pretrain_arguments, _pretrain_captioner
     ),
+    "pretrain-connector": Command(
+        "Make what connects the embedded world's captioner and generator.", _pretrain_arguments, _pretrain_connector
+    ),
+    "pretrain-encoder": Command(
+        "Make the embedded world's image encoder from nothing.", _pretrain_arguments, _pretrain_encoder
+    ),
     "pretrain-world": Command("Make the embedded world's base model from nothing.", _pretrain_arguments, _pretrain),
+    "unified-bench": Command(
+        "Compare pictures with what the policy draws from its own captions.", unified_bench.arguments, unified_bench.run
+    ),
 }
 
 

@@ -26,9 +26,14 @@ class PromptBatch:
 
     prompts: tuple[Prompt, ...]
     group: int
+    each: Mapping[int, Prompt] = field(default_factory=dict)  # by sample, where the members of a group are told apart
 
     def __len__(self) -> int:
         return len(self.prompts) * self.group
+
+    def of(self, sample: int) -> Prompt:
+        """What one sample of the step is told."""
+        return self.each.get(sample) or self.prompts[sample // self.group]
 
 
 class Prompts(Protocol):

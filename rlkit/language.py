@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class LanguagePolicy(Weights):
     def __init__(
         self,
         model: TokenModel,
-        train: Lora | None,
+        train: Lora | Literal["frozen"] | None,
         device: torch.device,
         precision: str,
         seed: int,

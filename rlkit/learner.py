@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlkit.dist import Processes
 from rlkit.errors import LossError
+from rlkit.parts import Parts
 from rlkit.types import Loss, Rows
 from rlkit.weights import Weights, ema_decay
 
@@ -35,9 +36,11 @@ class LearnerOptions:
     decay: tuple[int, int] | None = None  # (first, last) optimiser steps between which the rate falls to `lr_end`
     lr_end: float = 0.0
     ema: float | None = None  # decay of the set `ema`; None: no such set
+    lr_of: Mapping[str, float] = field(default_factory=dict)  # of a policy's parts, where theirs is another than `lr`
 
     def __post_init__(self) -> None:
-        for name, value, lowest in (("lr", self.lr, 0.0), ("max_grad_norm", self.max_grad_norm, 0.0)):
+        rates = [(f"lr_of.{part}", rate, 0.0) for part, rate in self.lr_of.items()]
+        for name, value, lowest in (("lr", self.lr, 0.0), ("max_grad_norm", self.max_grad_norm, 0.0), *rates):
             if not (math.isfinite(value) and value > lowest):
                 raise ValueError(f"{name} must be above 0, not {value}")
         for name, count in (("batch", self.batch), ("micro_batch", self.micro_batch), ("epochs", self.epochs)):
@@ -64,15 +67,24 @@ LossFunction = Callable[[Any, Any], Loss]
 
 
 class Learner:
-    """The optimiser of one policy. `policy.trainable` are its parameters, in a fixed order."""
+    """The optimiser of one policy. `policy.trainable` are its parameters, in a fixed order.
 
-    def __init__(self, policy: Weights, options: LearnerOptions, processes: Processes) -> None:
+    Of a policy of several parts each has a rate of its own, and a gradient of its own to clip: one whose gradient is
+    large does not hold back the others.
+    """
+
+    def __init__(self, policy: Weights | Parts, options: LearnerOptions, processes: Processes) -> None:
         self.policy = policy
         self.options = options
         self.processes = processes
         self.parameters = list(policy.trainable.values())
+        self.groups = {name: list(tensors.values()) for name, tensors in groups_of(policy).items()}
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+            [{"params": tensors} for tensors in self.groups.values()],
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         self.updates = 0
         self._sums: dict[str, Tensor] = {}  # "name" -> [weighted sum, sum of weights], this process's part
@@ -86,13 +98,16 @@ class Learner:
         LossError, on every process, if the gradient is not finite; nothing has been updated then.
         """
         self.gradient(loss, models, batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
-        if not torch.isfinite(norm):
+        longest = self.options.max_grad_norm
+        norms = {name: torch.nn.utils.clip_grad_norm_(one, longest) for name, one in self.groups.items()}
+        if not all(torch.isfinite(norm) for norm in norms.values()):
             self.optimizer.zero_grad()
             raise self._diagnosis(loss, models, batch)
-        self._note("grad_norm", norm.detach().cpu().reshape(1), torch.ones(1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.rate(self.updates)
+        for name, norm in norms.items():
+            self._note(f"grad_norm/{name}".rstrip("/"), norm.detach().cpu().reshape(1), torch.ones(1))
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            own = self.options.lr_of.get(name, self.options.lr) / self.options.lr
+            group["lr"] = self.options.rate(self.updates) * own
         self.optimizer.step()
         self.policy.updated()
         if self.options.ema is not None:
@@ -198,24 +213,29 @@ class Learner:
         values, weight = values.double().cpu(), weight.double().cpu()
         pair = torch.stack([(values * weight).sum(), weight.sum()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-        if name.endswith("/deviation") and (weight > 0).any():
-            self._peaks[name] = max(self._peaks.get(name, 0.0), float(values[weight > 0].max()))
+        seen = values[weight > 0]
+        if len(seen) and name.endswith(("/deviation", "/high")):
+            self._peaks[name] = max(self._peaks.get(name, 0.0), float(seen.max()))
+        if len(seen) and name.endswith("/low"):
+            self._peaks[name] = max(self._peaks.get(name, -math.inf), -float(seen.min()))
 
     def metrics(self) -> dict[str, float]:
-        """Weighted means of everything noted since the last call, over all processes; `*/deviation` are maxima."""
+        """Weighted means of everything noted since the last call, over all processes; `*/deviation` and `*/high` are maxima, `*/low` minima."""
         names = [names for names in self._family_names({tuple(self._sums): 0.0}) if names]
         order = sorted({name for family in names for name in family})
         means = {}
         for name in order:
             total = self.processes.add(self._sums.get(name, torch.zeros(2, dtype=torch.float64)))
-            if self.processes.count > 1 and name == "grad_norm":
+            if self.processes.count > 1 and name.startswith("grad_norm"):
                 total = self._sums[name]  # the same number on every process
-            if name.endswith("/deviation"):
-                peaks = self.processes.gather(torch.tensor([self._peaks.get(name, 0.0)], dtype=torch.float64))
-                means[name] = float(peaks.max())
+            if name.endswith(("/deviation", "/high", "/low")):
+                sign = -1.0 if name.endswith("/low") else 1.0
+                here = self._peaks.get(name, 0.0 if sign > 0 else -math.inf)
+                means[name] = sign * float(self.processes.gather(torch.tensor([here], dtype=torch.float64)).max())
             elif total[1] > 0:
                 means[name] = float(total[0] / total[1])
-        means["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            means[f"lr/{name}".rstrip("/")] = float(group["lr"])
         self._sums, self._peaks = {}, {}
         return means
 
@@ -234,6 +254,11 @@ class Learner:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in tensors:
                     self.optimizer.state[parameter][key] = tensors[f"{key}/{name}"].to(parameter.device).clone()
+
+
+def groups_of(policy: Weights | Parts) -> dict[str, Mapping[str, Tensor]]:
+    """The trained tensors by the part that they are of; a policy of one part has no name for it."""
+    return dict(policy.groups) if isinstance(policy, Parts) else {"": policy.trainable}
 
 
 def _families(result: Loss) -> dict[tuple[str, ...], Tensor]:

@@ -50,6 +50,9 @@ def merge(runs: Sequence[Path], shares: Sequence[float], out: Path) -> str:
     from rlkit import session, trainer
 
     setups = [_setup(folder) for folder in runs]
+    for folder, setup in zip(runs, setups, strict=True):
+        if setup.policy.parts:
+            raise RecipeError("its policy is of several parts; one of one network can be merged.", where=str(folder))
     first = setups[0].recipe["policy"]
     for folder, setup in zip(runs[1:], setups[1:], strict=True):
         theirs = setup.recipe["policy"]
@@ -60,7 +63,7 @@ def merge(runs: Sequence[Path], shares: Sequence[float], out: Path) -> str:
             raise RecipeError("one of the runs trained LoRA and the other all weights.", where=str(folder))
     policies: list[Weights] = []
     for folder, setup in zip(runs, setups, strict=True):
-        policy = session.load_policy(setup, folder=folder)
+        policy = session.load_single(setup, folder)
         policy.use(trainer.showing(setup.stages[-1], policy).policy_set)
         policies.append(policy)
     if setups[0].policy.lora is not None:
@@ -99,7 +102,7 @@ def _merge_lora(setup: Setup, policies: Sequence[Weights], shares: Sequence[floa
         raise RecipeError("the runs trained different layers.", where="policy.train.lora.targets")
     rank = sum(lora.rank for lora in loras)
     wide = replace(loras[0], rank=rank, alpha=rank)  # scaled by 1
-    merged = session.load_policy(replace(setup, policy=replace(setup.policy, lora=wide)))
+    merged = session.load_single(replace(setup, policy=replace(setup.policy, lora=wide)))
     with torch.no_grad():
         for name, parameter in merged.trainable.items():
             own = [policy.trainable[name] for policy in policies]

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlkit.errors import RecipeError
 from rlkit.resources import Resources, model_of_size, without_encoders
 from rlkit.shelf import Conditions, Shelf
-from rlkit.types import FlowModel, Prompt
+from rlkit.types import Condition, FlowModel, Prompt
 from rlkit.weights import ADAPTER, Lora, Sets, Weights
 
 
@@ -28,23 +28,30 @@ class WeightSet:
         self._policy = policy
         self._name = name
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
-        """v [B, C, H, W] in fp32 for x [B, C, H, W], sigma [B] in 0..1 and B condition keys.
+    def told(self, cond: Sequence[str], like: Tensor) -> Condition:
+        """What these B keys stand for, for calls with latents like these [B, C, H, W]. A loss that calls several times
+        has it read once, and its gradient is collected."""
+        policy = self._policy
+        keys = cond if policy.guidance == 1 else [*cond, *policy.conditions.untold(cond)]
+        return policy.conditions.batch(keys, policy.model_for(like), self._name)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str] | Condition) -> Tensor:
+        """v [B, C, H, W] in fp32 for x [B, C, H, W], sigma [B] in 0..1 and B condition keys, or what is `told` by them.
 
         Only `current` carries gradient.
         """
         policy = self._policy
         x, sigma = x.to(policy.device), sigma.to(policy.device)
+        told = cond if isinstance(cond, Mapping) else self.told(cond, x)
         if policy.guidance == 1:
-            return self._call(x, sigma, cond)
-        both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), [*cond, *policy.conditions.untold(cond)])
-        told, untold = both.chunk(2)
-        return policy.model_for(x).guide(told, untold, policy.guidance)
+            return self._call(x, sigma, told)
+        both = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), told)
+        one, other = both.chunk(2)
+        return policy.model_for(x).guide(one, other, policy.guidance)
 
-    def _call(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
+    def _call(self, x: Tensor, sigma: Tensor, batch: Condition) -> Tensor:
         policy = self._policy
         model = policy.model_for(x)
-        batch = policy.conditions.batch(cond, model)
         policy.calls += len(x)
         with policy.autocast():
             if self._name == "current":
@@ -92,7 +99,7 @@ class Policy(Weights):
     def __init__(
         self,
         model: FlowModel,
-        train: Lora | None,
+        train: Lora | Literal["frozen"] | None,
         device: torch.device,
         precision: str,
         seed: int,

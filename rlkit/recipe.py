@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlkit import registry, sources
+from rlkit import recipe_parts, registry, sources
 from rlkit.errors import RecipeError, RlkitError, nearest
 from rlkit.sources import ENTRIES, TOP, Recipe, is_number, known
 
@@ -70,9 +70,11 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
     options = registry.construct(RunOptions, _mapping(recipe.get("run"), "run"), "run", what="run")
     policy, plain_policy = _policy(_mapping(recipe.get("policy"), "policy"))
     stages = _mapping(recipe.get("stages"), "stages")
-    built = [_stage(str(name), stage) for name, stage in stages.items() if stage is not None]
+    built = [_stage(str(name), stage, tuple(policy.parts)) for name, stage in stages.items() if stage is not None]
     if not built:
         raise RecipeError("a recipe needs a stage.", where="stages", hint="One alone is called main.")
+    ways = recipe_parts.trained(tuple(policy.parts), {stage.name: stage.train for stage, _ in built})
+    policy = dataclasses.replace(policy, train=ways)
     plain = {"run": _plain(options), "policy": plain_policy, "stages": {stage.name: one for stage, one in built}}
     return Setup(options=options, policy=policy, stages=tuple(stage for stage, _ in built), recipe=plain)
 
@@ -82,9 +84,15 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     from rlkit.trainer import PolicyOptions
 
     means = [one.name for one in dataclasses.fields(Resources)]
-    known(node, ("backbone", "train", "guidance", "negative", "checkpointing", "conditions", *means), "policy")
-    backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
-    lora, train = _train(_mapping(node.get("train"), "policy.train"))
+    said = ("guidance", "negative", "checkpointing", *means)
+    parts = _mapping(node.get("parts"), "policy.parts")
+    known(node, ("parts", *said) if parts else ("backbone", "train", "conditions", "parts", *said), "policy")
+    backbone, lora, whole = None, None, {}
+    if not parts:
+        backbone, plain = _entry("backbones", node.get("backbone"), "policy.backbone")
+        lora, train = _train(_mapping(node.get("train"), "policy.train"), "policy.train")
+        whole = {"backbone": plain, "train": train}
+    built, several = _parts(parts)
     guidance = 1.0 if node.get("guidance") is None else node["guidance"]
     if not is_number(guidance) or not math.isfinite(guidance) or guidance < 0:
         what = f"must be a number, 0 or more, not {guidance!r}."
@@ -106,27 +114,41 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     if resources.conditions_in_memory is not None and conditions is None:
         hint = "Set policy.conditions to a folder, from which the others come back."
         raise RecipeError("needs a shelf.", where="policy.conditions_in_memory", hint=hint)
-    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing, conditions, resources)
-    said = {"guidance": options.guidance, "negative": negative, "checkpointing": checkpointing}
-    return options, {"backbone": plain, "train": train, **said, "conditions": conditions, **_plain(resources)}
+    options = PolicyOptions(backbone, lora, float(guidance), negative, checkpointing, conditions, resources, built)
+    numbers = {"guidance": options.guidance, "negative": negative, "checkpointing": checkpointing}
+    kept = {} if parts else {"conditions": conditions}
+    return options, {**({"parts": several} if parts else whole), **numbers, **kept, **_plain(resources)}
 
 
-def _train(node: Mapping[str, Any]) -> tuple[Lora | None, Recipe]:
+def _parts(node: Mapping[str, Any]) -> tuple[dict[str, Any], Recipe]:
+    """The backbones of a policy's parts, by the names that the recipe gives them."""
+    built, plain = {}, {}
+    for name, part in node.items():
+        where = f"policy.parts.{name}"
+        part = _mapping(part, where)
+        known(part, ("backbone",), where)
+        built[str(name)], own = _entry("backbones", part.get("backbone"), f"{where}.backbone")
+        plain[str(name)] = {"backbone": own}
+    return built, plain
+
+
+def _train(node: Any, where: str) -> tuple[Lora | None, Recipe]:
     """(LoRA, or None for all weights; the same as YAML)."""
     from rlkit.weights import Lora
 
-    known(node, ("full", "lora"), "policy.train")
+    node = _mapping(node, where)
+    known(node, ("full", "lora"), where)
     full, lora = node.get("full"), node.get("lora")
     if node and (full not in (None, True, False) or (full is True) == (lora is not None)):
         hint = "Write one of {full: true} and {lora: {rank: 16}}."
-        raise RecipeError("either all weights train or LoRA does.", where="policy.train", hint=hint)
+        raise RecipeError("either all weights train or LoRA does.", where=where, hint=hint)
     if lora is None:
         return None, {"full": True}
-    adapters = registry.construct(Lora, _mapping(lora, "policy.train.lora"), "policy.train.lora", what="lora")
+    adapters = registry.construct(Lora, _mapping(lora, f"{where}.lora"), f"{where}.lora", what="lora")
     return adapters, {"lora": _plain(adapters)}
 
 
-def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
+def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
     from rlkit.monitors import Monitors
     from rlkit.total import Total
@@ -135,8 +157,7 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
     where = f"stages.{name}"
     node = _mapping(node, where)
     known(node, STAGE, where)
-    if node.get("train") is not None:
-        raise RecipeError("policy.train says what trains.", where=f"{where}.train", hint="Leave it out, or null.")
+    train, plain_train = recipe_parts.of_stage(name, node.get("train"), parts, _train)
     lacking = [key for key in REQUIRED if node.get(key) is None]
     if lacking:
         raise RecipeError(f"a stage needs {', '.join(lacking)}.", where=where)
@@ -172,8 +193,10 @@ def _stage(name: str, node: Any) -> tuple[Stage, Recipe]:
         anchor=numbers.anchor,
         total=total,
         monitors=monitors,
+        train=train,
     )
     return stage, {
+        **({"train": plain_train} if parts else {}),
         "data": plain_data,
         "rollout": plain_rollout,
         "algorithm": plain_algorithm,
@@ -279,12 +302,14 @@ def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]
 
 def check(setup: Setup) -> None:
     """Refuse what cannot work together, before anything is loaded."""
+    recipe_parts.check(setup)
     for stage in setup.stages:
         where = f"stages.{stage.name}"
         _check_encoders(setup.policy.resources.encoders, stage)
         needs: Needs = stage.algorithm.needs()
         _check_kinds(setup.policy.backbone, stage, needs, where)
         _check_gives(stage, needs, where)
+        _check_ages(stage, needs, where)
         _check_total(stage, where)
         _check_sizes(stage, needs, where)
         _check_ending(stage, where, setup.recipe["stages"][stage.name]["expect"])
@@ -299,7 +324,8 @@ def _check_encoders(encoders: str, stage: Stage) -> None:
 
 
 def _check_kinds(backbone: Any, stage: Stage, needs: Needs, where: str) -> None:
-    for key, kinds in (("policy.backbone", _kinds(backbone)), (f"{where}.rollout", _kinds(stage.rollout))):
+    whole = [("policy.backbone", _kinds(backbone))] if backbone is not None else []
+    for key, kinds in [*whole, (f"{where}.rollout", _kinds(stage.rollout))]:
         if kinds and needs.kind not in kinds:
             what = f"is for {' and '.join(kinds)}, but the algorithm of stage {stage.name!r} needs {needs.kind}."
             raise RecipeError(what, where=key, hint="Choose an algorithm and a policy of one kind.")
@@ -320,19 +346,19 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
         what = f"the algorithm needs {' and '.join(lacking)} of each sample, which this rollout does not give."
         hint = f"It gives: {', '.join(gives)}." if gives else "It gives finished samples only."
         raise RecipeError(what, where=f"{where}.rollout", hint=hint)
-    made = "text" if needs.kind == "tokens" else "image"
-    given = {made, *getattr(stage.data, "gives", ("prompt",))}
+    made = getattr(stage.rollout, "makes", ("text",) if needs.kind == "tokens" else ("image",))
+    given = {*made, *getattr(stage.data, "gives", ("prompt",))}
     for word in getattr(stage.rollout, "reads", ()):
         if word not in given:
             what = f"reads {word!r}, which the data does not give."
-            hint = f"It gives: {', '.join(sorted(given - {made}))}."
+            hint = f"It gives: {', '.join(sorted(given - set(made)))}."
             raise RecipeError(what, where=f"{where}.rollout", hint=hint)
     if "pair" in given and "pair" not in getattr(stage.rollout, "reads", ()):
         what = "samples by itself, and would not look at the pairs of pictures that the data gives."
         raise RecipeError(what, where=f"{where}.rollout", hint="The rollout `dataset` hands them out.")
     for reward in stage.rewards:
         reads = getattr(reward.reward, "reads", None)
-        if made == "text" and reads is not None and "text" not in (*reads, *getattr(reward.reward, "optional", ())):
+        if made == ("text",) and reads is not None and "text" not in (*reads, *getattr(reward.reward, "optional", ())):
             what = "judges a picture, and a token policy writes a text."
             raise RecipeError(what, where=f"{where}.rewards.{reward.name}", hint="Choose one that reads `text`.")
         for word in reads or ():
@@ -355,6 +381,16 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
         if chosen == "ema" and stage.learner.ema is None:
             hint = f"Set {where}.learner.ema, for instance to 0.99."
             raise RecipeError("there is no average of the weights to refer to.", where=f"{where}.{key}", hint=hint)
+
+
+def _check_ages(stage: Stage, needs: Needs, where: str) -> None:
+    """Answers of older weights must be weighed for that, or training is biased and nothing shows it."""
+    ahead = getattr(stage.rollout, "ahead", 0)
+    if ahead and not needs.corrects:
+        what = f"ahead: {ahead} samples with older weights than those that learn, and the algorithm corrects for none."
+        options = getattr(stage.algorithm, "__dataclass_fields__", {})
+        cure = f"Set {where}.algorithm.importance: truncate, or" if "importance" in options else "Set"
+        raise RecipeError(what, where=f"{where}.rollout.ahead", hint=f"{cure} ahead: 0.")
 
 
 def _check_total(stage: Stage, where: str) -> None:

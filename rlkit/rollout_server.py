@@ -51,7 +51,7 @@ def serve_until(ended: threading.Event, setup: Setup, host: str, port: int, logs
     asking = [stage for stage in setup.stages if callable(getattr(stage.rollout, "engine_for", None))]
     if not asking:
         raise RecipeError("no stage has a rollout that asks servers.", where="stages", hint="Set rollout.name: vllm.")
-    policy = session.load_policy(setup)
+    policy = session.load_single(setup)
     assert isinstance(policy, LanguagePolicy)  # the check of kinds has seen to it
     engines: dict[str, Engine] = {stage.name: stage.rollout.engine_for(policy, served=True) for stage in asking}
     servers: dict[Engine, Served] = {}

@@ -11,14 +11,15 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +29,16 @@ from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, RecipeError
 from rlkit.language import LanguagePolicy
+from rlkit.parts import Connector, Parts
 from rlkit.policy import Policy
 from rlkit.record import describe_held_out
+from rlkit.resources import without_encoders
 from rlkit.scoring import Scoring
 from rlkit.shelf import Shelf
 from rlkit.tracking import Tracker
-from rlkit.trainer import Run, Setup, Stop, of_one_size, showing, to_encode, train
-from rlkit.types import Context, FlowModel, Prompt, TokenModel
+from rlkit.trainer import Run, Setup, Stop, begin, of_one_size, showing, to_encode, train
+from rlkit.types import Connection, Context, FlowModel, Plan, Prompt, TokenModel
+from rlkit.weights import Lora, Weights
 
 # Of the policy's keys, those that change no bit of its numbers.
 HARMLESS = [f"policy.{key}" for key in ("conditions", "conditions_in_memory", "encoders", "sets")]
@@ -108,32 +112,14 @@ def run(
 
 def load_policy(
     setup: Setup, processes: Processes | None = None, folder: Path | None = None
-) -> Policy | LanguagePolicy:
+) -> Policy | LanguagePolicy | Parts:
     """The recipe's policy as its backbone gives it, or with the weights of a run folder's newest checkpoint."""
     processes = processes or Processes()
     options = setup.options
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(options.deterministic)
-    # What LoRA leaves frozen needs no more digits than the network calculates with; what is trained is kept in fp32.
-    half = options.precision == "bf16" and setup.policy.lora is not None
-    dtype = torch.bfloat16 if half else torch.float32
-    model = setup.policy.backbone.load(processes.device, dtype)
-    kept = setup.policy.conditions
-    shelf = Shelf(Path(kept), setup.recipe["policy"]["backbone"], dtype, processes.device) if kept else None
-    if isinstance(model, TokenModel):
-        policy: Policy | LanguagePolicy = LanguagePolicy(
-            model,
-            setup.policy.lora,
-            processes.device,
-            options.precision,
-            options.seed,
-            setup.policy.checkpointing,
-            shelf,
-            setup.policy.resources,
-        )
-    else:
-        policy = _drawing(setup, model, processes.device, shelf)
+    policy = _of_parts(setup, processes.device) if setup.policy.parts else _of_one(setup, processes.device)
     processes.same_everywhere(policy.trainable.values())
     if any(stage.anchor == "base" and stage.algorithm.needs().reference for stage in setup.stages):
         policy.keep_base()
@@ -145,21 +131,88 @@ def load_policy(
     return policy
 
 
-def load_drawing(setup: Setup, processes: Processes | None = None, folder: Path | None = None) -> Policy:
-    """As `load_policy`, of a recipe whose policy draws pictures; RecipeError for one that writes."""
-    policy = load_policy(setup, processes, folder)
-    if isinstance(policy, LanguagePolicy):
-        raise RecipeError("writes texts, and this is for policies that draw.", where="policy.backbone")
-    return policy
+def _dtype(setup: Setup, train: Lora | str | None) -> torch.dtype:
+    """Of the weights: what is never trained needs no more digits than the network calculates with."""
+    return torch.bfloat16 if setup.options.precision == "bf16" and train is not None else torch.float32
 
 
-def _drawing(setup: Setup, model: FlowModel, device: torch.device, shelf: Shelf | None) -> Policy:
-    options, told = setup.options, setup.policy
-    numbers = (options.precision, options.seed, told.guidance, told.negative, told.checkpointing)
-    policy = Policy(model, told.lora, device, *numbers, shelf, told.resources)
+def _of_one(setup: Setup, device: torch.device) -> Policy | LanguagePolicy | Parts:
+    told, dtype = setup.policy, _dtype(setup, setup.policy.lora)
+    model = told.backbone.load(device, dtype)
+    if not isinstance(model, FlowModel | TokenModel):
+        what = "is no policy by itself: it connects two others."
+        raise RecipeError(what, where="policy.backbone", hint="Give policy.parts: a captioner, this, and a generator.")
+    shelf = Shelf(Path(told.conditions), setup.recipe["policy"]["backbone"], dtype, device) if told.conditions else None
+    if isinstance(model, TokenModel):
+        return _writing(setup, model, told.lora, device, shelf)
+    policy = _drawing(setup, model, told.lora, device, shelf)
     named = dict(setup.recipe["policy"]["backbone"])
     policy.origin = (named.pop("name"), named)
     return policy
+
+
+def _of_parts(setup: Setup, device: torch.device) -> Parts:
+    """Captioner, connector and generator. The connector is made last: it depends on both others."""
+    parts: dict[str, Weights] = {}
+    connections: dict[str, Connection] = {}
+    for name, backbone in setup.policy.parts.items():
+        way = setup.policy.train[name]
+        model = backbone.load(device, _dtype(setup, way))
+        if isinstance(model, TokenModel):
+            parts[name] = writer = _writing(setup, model, way, device)
+        elif isinstance(model, FlowModel):
+            parts[name] = drawer = _drawing(setup, model, way, device)
+        else:
+            connections[name] = model
+    for name, connection in connections.items():
+        options, way = setup.options, setup.policy.train[name]
+        parts[name] = Connector(connection, writer, drawer.model, way, options.precision, options.seed)
+    policy = Parts({name: parts[name] for name in setup.policy.parts})
+    if setup.policy.resources.encoders == "free":
+        drawer.model = without_encoders(drawer.model, {})
+    return policy
+
+
+def _writing(
+    setup: Setup,
+    model: TokenModel,
+    train: Lora | Literal["frozen"] | None,
+    device: torch.device,
+    shelf: Shelf | None = None,
+) -> LanguagePolicy:
+    options, told = setup.options, setup.policy
+    resources = replace(told.resources, encoders="keep") if told.parts else told.resources
+    return LanguagePolicy(model, train, device, options.precision, options.seed, told.checkpointing, shelf, resources)
+
+
+def load_single(setup: Setup, folder: Path | None = None) -> Policy | LanguagePolicy:
+    """As `load_policy`, of a recipe whose policy is one network; RecipeError for one of several."""
+    policy = load_policy(setup, folder=folder)
+    if isinstance(policy, Parts):
+        raise RecipeError("is of several parts, and this is for policies of one network.", where="policy.parts")
+    return policy
+
+
+def load_drawing(setup: Setup, processes: Processes | None = None, folder: Path | None = None) -> Policy:
+    """As `load_policy`, of a recipe whose policy draws pictures; RecipeError for one that writes."""
+    policy = load_policy(setup, processes, folder)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Parts):
+        raise RecipeError("draws pictures of its own captions, and this is for prompts.", where="policy.parts")
+    raise RecipeError("writes texts, and this is for policies that draw.", where="policy.backbone")
+
+
+def _drawing(
+    setup: Setup,
+    model: FlowModel,
+    train: Lora | Literal["frozen"] | None,
+    device: torch.device,
+    shelf: Shelf | None = None,
+) -> Policy:
+    options, told = setup.options, setup.policy
+    numbers = (options.precision, options.seed, told.guidance, told.negative, told.checkpointing)
+    return Policy(model, train, device, *numbers, shelf, told.resources)
 
 
 def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0) -> Tensor:
@@ -171,9 +224,36 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     return media
 
 
+def reconstruct(
+    setup: Setup, folder: Path | None = None
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, list[str]]]:
+    """Pictures [3, H, W] -> (what the policy draws of its own captions [N, 3, H, W], those captions).
+
+    Of the backbones, or of a run folder's newest checkpoint. RecipeError for a policy of one network.
+    """
+    policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
+    if not isinstance(policy, Parts):
+        what = "a picture is put into words and drawn again by a captioner, a connector and a generator."
+        raise RecipeError(what, where="policy", hint="Give policy.parts, as world_unified does.")
+    policy.stage({}, "flow")
+
+    def again(pictures: Sequence[Tensor]) -> tuple[Tensor, list[str]]:
+        rows = tuple(Prompt(id=row, text="", source=picture) for row, picture in enumerate(pictures))
+        context = Context(setup.options.seed, "reconstruct", 0, stage.rollout.steps, {}, Processes().gather)
+        rollout = stage.rollout.start(policy, Processes())
+        try:
+            drawn = rollout.collect(PromptBatch(rows, 1), Plan(steps=stage.evaluate.steps), context)
+        finally:
+            rollout.close()
+        return drawn.media, list(drawn.texts) or [""] * len(rows)
+
+    return again
+
+
 def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, float]:
     """The last stage's held-out scores of the backbone, or of a run folder's newest checkpoint."""
     policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
+    begin(policy, stage)
     prompts = of_one_size(stage.data.open().held_out(count))
     if not prompts:
         raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")

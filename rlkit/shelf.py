@@ -56,7 +56,7 @@ class Conditions:
         limit: int | None = None,
     ) -> None:
         self._model_at, self._near = model_at, near
-        self._negative = negative
+        self.negative = negative
         self._shelf = shelf
         self._limit = limit
         self._known: dict[str, Condition] = {}  # the one used last is the last one
@@ -67,11 +67,11 @@ class Conditions:
         new: dict[str, Prompt] = {}
         for prompt in prompts:
             twin = self._twins.get(prompt.key, "")
-            if prompt.key in self._encoded and (self._negative is None or twin in self._encoded):
+            if prompt.key in self._encoded and (self.negative is None or twin in self._encoded):
                 continue
             told = [prompt]
-            if self._negative is not None:
-                told.append(replace(prompt, text=self._negative))  # the same pictures: only the words are untold
+            if self.negative is not None:
+                told.append(replace(prompt, text=self.negative))  # the same pictures: only the words are untold
                 self._twins[prompt.key] = told[1].key
             new |= {one.key: one for one in told if one.key not in self._encoded and not self._read(one.key)}
         if new:
@@ -94,8 +94,11 @@ class Conditions:
         """The keys of their twins."""
         return [self._twins[key] for key in keys]
 
-    def batch(self, keys: Sequence[str], model: Encodes | None = None) -> Condition:
-        """{"name": [B, ...]} for B keys, each encoded before, as a model of their size collates them."""
+    def batch(self, keys: Sequence[str], model: Encodes | None = None, weights: str = "current") -> Condition:
+        """{"name": [B, ...]} for B keys, each encoded before, as a model of their size collates them.
+
+        weights: the set that asks. Here all are told the same.
+        """
         return (model or self._model_at(None)).collate([self.of(key) for key in keys])
 
     def of(self, key: str) -> Condition:

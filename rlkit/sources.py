@@ -201,9 +201,16 @@ def _spelled_out(values: Recipe) -> Recipe:
     values = {**values}
     if isinstance(policy := values.get("policy"), dict) and isinstance(policy.get("backbone"), str):
         values["policy"] = {**policy, "backbone": {"name": policy["backbone"]}}
+    elif isinstance(policy, dict) and isinstance(parts := policy.get("parts"), dict):
+        values["policy"] = {**policy, "parts": {name: _spelled_out_part(part) for name, part in parts.items()}}
     if isinstance(stages := values.get("stages"), dict):
         values["stages"] = {name: _spelled_out_stage(stage) for name, stage in stages.items()}
     return values
+
+
+def _spelled_out_part(part: Any) -> Any:
+    short = isinstance(part, dict) and isinstance(part.get("backbone"), str)
+    return {**part, "backbone": {"name": part["backbone"]}} if short else part
 
 
 def _spelled_out_stage(stage: Any) -> Any:
@@ -250,7 +257,9 @@ def _choices(values: Recipe) -> Iterator[tuple[Keys, str]]:
             yield ("policy", "train"), str(key)
     stages = values.get("stages")
     places = [("stages", str(stage), key) for stage in (stages if isinstance(stages, dict) else ()) for key in ENTRIES]
-    for path in [("policy", "backbone"), *places]:
+    parts = _at(values, ("policy", "parts"))
+    ours = [("policy", "parts", str(part), "backbone") for part in (parts if isinstance(parts, dict) else ())]
+    for path in [("policy", "backbone"), *ours, *places]:
         entry = _at(values, path)
         if isinstance(entry, dict) and isinstance(entry.get("name"), str):
             yield path, entry["name"]

@@ -7,7 +7,7 @@ One loop for all algorithms. A stage is one such loop; a curriculum is stages in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -24,9 +24,10 @@ from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.monitors import Monitors, Raised, Watch
+from rlkit.parts import Parts
 from rlkit.policy import Policy
 from rlkit.reading import Reading
-from rlkit.record import describe_held_out, describe_scores, write_rows, write_sheet
+from rlkit.record import describe_ages, describe_held_out, describe_scores, write_rows, write_sheet
 from rlkit.resources import Resources
 from rlkit.sanity import judged, refused
 from rlkit.scoring import Scoring, WeightedReward
@@ -107,6 +108,16 @@ class PolicyOptions:
     checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     conditions: str | None = None  # a folder of encoded prompts, which runs may share; None: only in memory
     resources: Resources = field(default_factory=Resources)  # its keys stand beside the others, under `policy`
+    parts: Mapping[str, Any] = field(default_factory=dict)  # backbones by name, of a policy of several; else `backbone`
+    train: Mapping[str, Lora | Literal["frozen"] | None] = field(default_factory=dict)  # how each part is ever trained
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a stage trains a part: by LoRA or in full (None), and which of these tensors, by words in their names."""
+
+    lora: Lora | None
+    only: tuple[str, ...] = ()  # (): all of them
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,7 @@ class Stage:
     anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
     total: Total = field(default_factory=Total)  # how the rewards become one number
     monitors: Monitors = field(default_factory=Monitors)
+    train: Mapping[str, Way] = field(default_factory=dict)  # parts of a policy of several; the others rest
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ class Run:
         self,
         setup: Setup,
         stage: Stage,
-        policy: Policy | LanguagePolicy,
+        policy: Policy | LanguagePolicy | Parts,
         processes: Processes,
         tracker: Tracker,
         folder: Path,
@@ -171,6 +183,7 @@ class Run:
         self.offset = offset  # training steps of the stages before
         self.done = 0  # finished steps of this stage
         self.algorithm = stage.algorithm
+        begin(policy, stage)
         self.learner = Learner(policy, stage.learner, processes)
         self.rollout = stage.rollout.start(policy, processes)
         self.prompts = stage.data.open()
@@ -207,8 +220,18 @@ class Run:
             sampling_steps=self.stage.rollout.steps,
             state=self.state,
             gather=self.processes.gather,
-            sampled=self.scoring.begin if stage is None else None,  # in training steps alone
+            # In training steps alone:
+            sampled=self.scoring.begin if stage is None else None,
+            coming=(lambda more: self.coming(step + more)) if stage is None else None,
         )
+
+    def coming(self, step: int) -> tuple[PromptBatch, Plan, Context] | None:
+        """What a step that is not there yet will ask the rollout for, by what the algorithm knows today."""
+        if step >= self.stage.steps:
+            return None
+        context = self.context(step)
+        prompts = self.prompts.draw(self.setup.options.seed, self.stage.name, step)
+        return prompts, self.algorithm.plan(context), context
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. Between two of them the run looks whether it should stop."""
@@ -246,6 +269,7 @@ class Run:
         learned = self.learner.metrics()
         row = {"kind": "train", "stage": self.stage.name, "step": self.done, "at": self.at}
         row |= describe_scores(samples, scores, self.processes.gather) | learned
+        row |= describe_ages(samples, step, self.processes.gather)
         row |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.items()} | {"samples": samples.total}
         row["network_calls"] = int(self.processes.add(torch.tensor([self.policy.take_calls()])))
         row["cpu_seconds"] = self.cpu
@@ -292,7 +316,8 @@ class Run:
 
     def watched(self, row: dict[str, Any], samples: Samples, scores: Scores) -> None:
         """Write a row with the monitors' figures, and after it the alarms that are new."""
-        reading = Reading(row, samples, scores, self.stage.rewards, self.processes.gather)
+        gather, precision = self.processes.gather, self.setup.options.precision
+        reading = Reading(row, samples, scores, self.stage.rewards, gather, precision)
         figures, raised = self.monitors.look(reading)
         self.tracker.write(row | figures)
         for one in raised:
@@ -484,6 +509,7 @@ class Run:
         self.ended_by = {name: then for name, then in ended_by.items() if then == self.monitors.options(name)}
         self.over = self.goal_reached or self.done >= self.stage.steps or bool(self.ended_by)
         self.load(saved)
+        self.sync.push(self.rollout, version=self.done)  # what it samples is of this step, not of the stage's start
 
 
 def set_aside(samples: Path, at: int) -> None:
@@ -540,7 +566,13 @@ def to_encode(stage: Stage) -> Iterator[Prompt]:
     return chain(every, held_out)
 
 
-def showing(stage: Stage, policy: Weights) -> Plan:
+def begin(policy: Weights | Parts, stage: Stage) -> None:
+    """Have a policy of several parts train those that the stage says."""
+    if isinstance(policy, Parts):
+        policy.stage({name: way.only for name, way in stage.train.items()}, stage.algorithm.needs().kind)
+
+
+def showing(stage: Stage, policy: Weights | Parts) -> Plan:
     """Sampling without exploration noise, as the stage evaluates; an untrained policy has only its own weights."""
     weights = stage.evaluate.weights
     return Plan(steps=stage.evaluate.steps, policy_set=weights if weights in policy.sets else "current")

@@ -35,10 +35,15 @@ class Prompt:
     source: Tensor | None = field(default=None, compare=False, repr=False)  # [3, H, W] in 0..1, to edit or to repeat
     references: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)  # [3, H, W] each
     size: tuple[int, int] | None = None  # height and width of the picture wanted; None: as the backbone says
+    # Where a policy wrote this text: what it was asked, and the token ids of its answer.
+    asked: Prompt | None = field(default=None, compare=False, repr=False)
+    answer: tuple[int, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """What a policy's condition is kept under: all that a network is told by this prompt."""
+        if self.asked is not None:  # two answers may read alike and be of other tokens
+            return hashlib.sha256(repr((self.asked.key, self.answer)).encode()).hexdigest()
         pictures = (*([] if self.source is None else [self.source]), *self.references)
         sized = "" if self.size is None else f"\n{self.size[0]}x{self.size[1]}"
         if not pictures:
@@ -77,6 +82,7 @@ class Needs:
     reference: bool = False
     previews: bool = False  # completions of intermediate states
     differentiable: bool = False  # rewards must pass a gradient to the picture
+    corrects: bool = False  # it weighs samples for the weights that made them: older ones, or an engine's copy
 
     def trained(self, recorded: int) -> int:
         """How many of a sample's recorded steps become rows."""
@@ -180,6 +186,14 @@ class Samples:
     preview_of: Tensor | None = None  # [N, K] int64, the preview that completes this decision's state; -1: none
     tokens: Tokens | None = None
     texts: tuple[str, ...] = ()  # [N] the answers of a token policy
+    refilled: int = 0  # groups of the step, over all processes, that were too old and were sampled again
+
+    @property
+    def oldest(self) -> Tensor:
+        """[N] int64, the oldest version of the weights that had a part in each sample."""
+        spans = () if self.tokens is None else self.tokens.spans
+        found = [min((span.version for span in one), default=self.version) for one in spans]
+        return torch.tensor(found if spans else [self.version] * len(self), dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -390,8 +404,11 @@ class TokenPolicy(Protocol):
 class VelocityModel(Protocol):
     """One set of a flow policy's weights, as a callable."""
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str]) -> Tensor:
-        """v = noise - data (rectified flow). x: [B, C, H, W]; sigma: [B] in 0..1; cond: [B] keys."""
+    def told(self, cond: Sequence[str], like: Tensor) -> Condition:
+        """What B keys stand for, read once for several calls with latents like these."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[str] | Condition) -> Tensor:
+        """v = noise - data (rectified flow). x: [B, C, H, W]; sigma: [B] in 0..1; cond: [B] keys, or what is `told`."""
 
 
 class Models(Protocol):
@@ -439,6 +456,9 @@ class Context:
     state: State
     gather: Callable[[Tensor], Tensor]  # [n, ...] of each process -> [sum n, ...] of all, in rank order
     sampled: Callable[[Samples], None] | None = None  # told of each part of a step that is finished before the others
+    # What the step that many steps on will ask for (prompts, plan, context), as far as is known now; None beyond the
+    # stage's last. None altogether where no step follows, as in an evaluation.
+    coming: Callable[[int], tuple[Any, Plan, Context] | None] | None = None
 
     def generator(self, *purpose: object) -> torch.Generator:
         return generator(self.seed, self.stage, self.step, *purpose)
@@ -507,16 +527,33 @@ class TokenModel:
     write: Callable[[Path_], None]  # all but the weights (configuration, tokenizer, processor), for others to load
     unread: Callable[[str], list[str]] = lambda text: []
     picture: int | None = None  # the token that pictures fill; None: it sees none
+    # (net, ids [B, L], there [B, L] bool, batched condition, layer) -> states [B, L, H]: those of a layer, 0 being what
+    # the first one is given, pictures among it, and -1 the last, normed. None: it does not tell.
+    hidden: Callable[[nn.Module, Tensor, Tensor, Condition, int], Tensor] | None = None
+    # ids [P] -> the condition of these words alone: no picture, no chat.
+    bare: Callable[[Tensor], Condition] = lambda ids: {"ids": ids}
     # (prompt, its condition) -> its pictures [3, H, W] in 0..1 at the size at which the network reads them.
     pictures: Callable[[Prompt, Condition], tuple[Tensor, ...]] = lambda prompt, condition: ()
     tasks: tuple[str, ...] = ("text",)  # of "text" and "caption" (a picture in the prompt)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What a connector's `load()` gives: how a language model's states become what a generator is conditioned on."""
+
+    # (width of the states, a condition of the generator) -> the network (states [B, T, H], there [B, T] bool) -> a
+    # batched condition with the names and shapes of that one.
+    build: Callable[[int, Condition], nn.Module]
+    reads: Literal["answer", "last", "picture"]  # states of the answer's tokens, of its last, or the pictures' own
+    sees: bool  # the answer is read behind what it answers, the picture there; false: it is read by itself
+    write: Callable[[nn.Module, Path_], None]  # for `load` to find again
 
 
 @runtime_checkable
 class Backbone(Protocol):
     """A frozen dataclass that can load a network."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel | TokenModel: ...
+    def load(self, device: torch.device, dtype: torch.dtype) -> FlowModel | TokenModel | Connection: ...
 
 
 Values = Tensor | Sequence["float | Unscored | None"]
@@ -582,6 +619,7 @@ __all__ = [
     "Algorithm",
     "Backbone",
     "Condition",
+    "Connection",
     "Context",
     "FlowModel",
     "FlowRows",

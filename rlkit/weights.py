@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from rlkit.types import seed_of
 
 Tensors = dict[str, Tensor]
 ADAPTER = "rlkit"
+FROZEN: Literal["frozen"] = "frozen"
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Lora:
 
 
 class Weights(ABC):
-    """One network with its sets. `train` is None (all weights) or a `Lora`, on `targets` unless it names its own."""
+    """One network with its sets. `train` is None (all weights), a `Lora`, on `targets` unless it names its own, or
+    `FROZEN`: no weight is ever trained."""
 
     def __init__(
         self,
         net: nn.Module,
         targets: Sequence[str],
-        train: Lora | None,
+        train: Lora | Literal["frozen"] | None,
         device: torch.device,
         precision: str,
         seed: int,
@@ -56,7 +58,7 @@ class Weights(ABC):
         self.net = net
         self.device = device
         self.precision = precision
-        self.lora = train
+        self.lora = train if isinstance(train, Lora) else None
         self.resources = resources = resources or Resources()
         self.calls = 0  # rows that went through the network since they were last taken; guidance doubles them
         self.net.eval()  # dropout would make the ratio differ from 1 before any update
@@ -64,9 +66,8 @@ class Weights(ABC):
             compute_again(net)
         if resources.attention is not None:
             choose_attention(net, resources.attention)
-        if train is None:
-            net.requires_grad_(True)
-        else:
+        net.requires_grad_(train is None)
+        if isinstance(train, Lora):
             self._add_lora(train, targets, seed)
         self.trainable: Tensors = {}
         for name, parameter in net.named_parameters():
@@ -88,7 +89,6 @@ class Weights(ABC):
     def _add_lora(self, lora: Lora, targets: Sequence[str], seed: int) -> None:
         from peft import LoraConfig
 
-        self.net.requires_grad_(False)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=round(lora.scale * lora.rank),

@@ -80,13 +80,13 @@ class LocalRollout:
         # With fewer samples than processes, one without a share draws the first and keeps none of it: its columns are
         # then empty, but have the shapes of the others'.
         drawn = index if share else torch.zeros(1, dtype=torch.int64)
-        policy.conditions.encode(prompts.prompts[i // prompts.group] for i in drawn.tolist())
+        policy.conditions.encode(prompts.of(i) for i in drawn.tolist())
         model = policy.models[plan.policy_set]
         sigmas = flow_model.sigmas(plan.steps or self.options.steps)
         limit = self.options.batch
         parts, media = [], []
         for part in drawn.split(limit or len(drawn)):
-            keys = [prompts.prompts[i // prompts.group].key for i in part.tolist()]
+            keys = [prompts.of(i).key for i in part.tolist()]
             done = _Sampling(model, flow_model, sigmas, plan, context, part, prompts.group, keys, limit).run()
             parts.append(done)
             media.append(self._pictures(done.latents))
@@ -108,7 +108,7 @@ class LocalRollout:
         return Samples(
             media=media,
             latents=latents.cpu(),
-            prompts=tuple(prompts.prompts[i // prompts.group] for i in index.tolist()),
+            prompts=tuple(prompts.of(i) for i in index.tolist()),
             group=index // prompts.group,
             index=index,
             sample_id=context.step * len(prompts) + index,
@@ -169,13 +169,16 @@ class _Sampling:
         stochastic = plan.dynamics != "ode"
         self.first, self.count = plan.window or (0, steps) if stochastic or plan.record else (0, 0)
         self.sigmas = _shortened(sigmas, self.first + self.count, plan.tail)
-        # Before the members of a group part, one row stands for each group: `members` are the rows they grow from.
+        # Before the members of a group part, one row stands for those that are told the same: `members` are the rows
+        # that they grow from.
         self.members: Tensor | None = None
         self.cond = keys
         if plan.shared_noise:
-            origins, self.members = torch.unique(index // group, return_inverse=True)  # [U], [N] -> row in [U]
-            rows = [int(torch.nonzero(self.members == u)[0]) for u in range(len(origins))]
-            self.x, self.cond = self.beginning("group noise", origins), [keys[row] for row in rows]
+            told = list(zip((index // group).tolist(), keys, strict=True))
+            rows = list(dict.fromkeys(told))
+            self.members = torch.tensor([rows.index(one) for one in told])
+            self.x = self.beginning("group noise", torch.tensor([row for row, _ in rows]))
+            self.cond = [key for _, key in rows]
         else:
             self.x = self.beginning("noise", index)
         self.behind: tuple[Tensor, float] | None = None  # what the second-order solver remembers

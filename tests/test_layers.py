@@ -29,17 +29,18 @@ LEVELS = {
     **dict.fromkeys(("endpoints", "wire", "templates", "answers", "judge"), 1),
     **dict.fromkeys(("weights", "decoding", "backbones", "rewards", "algorithms"), 2),
     **dict.fromkeys(("sync", "scoring", "scorer", "score_cache", "dist", "data"), 3),
-    **dict.fromkeys(("policy", "language"), 3),
+    **dict.fromkeys(("policy", "language", "parts"), 3),
     **dict.fromkeys(("transfer", "workers", "worker_pool", "push", "serving", "sample_wire"), 3),
     **dict.fromkeys(("vllm_plugin", "vllm_answers", "vllm_offline", "vllm_server"), 3),
     **dict.fromkeys(("epochs", "mixture", "pairs", "picture_files", "picture_folders", "tables"), 3),
     **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
     **dict.fromkeys(("reading", "signs", "looks", "sanity", "monitors"), 4),
-    **dict.fromkeys(("trainer", "session", "pretrain", "pretrain_captioner", "sources", "parity"), 5),
-    "recipe": 6,
+    **dict.fromkeys(("trainer", "session", "sources", "parity"), 5),
+    **dict.fromkeys(("pretrain", "pretrain_captioner", "pretrain_connector", "pretrain_encoder", "likeness"), 5),
+    **dict.fromkeys(("recipe", "recipe_parts"), 6),
     **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
     **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
-    **dict.fromkeys(("bench_sync", "bench_transport"), 7),
+    **dict.fromkeys(("bench_sync", "bench_transport", "unified_bench"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }
 CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts")
@@ -47,6 +48,9 @@ FOLDERS = ("world", *CATALOGUES, "recipes")  # the other rooms are files of rlki
 AT_THE_TOP = ("rewards", "algorithms", "rollouts", "recipes")  # folders beside rlkit/ that are installed below it
 EXCEPTIONS = {  # the commands that train the weights that a backbone ships with
     ("rlkit.pretrain", "rlkit.backbones.tiny"),
+    ("rlkit.pretrain_connector", "rlkit.backbones.projector"),
+    ("rlkit.pretrain_connector", "rlkit.backbones.tiny"),
+    ("rlkit.pretrain_connector", "rlkit.backbones.tiny_captioner"),
     ("rlkit.pretrain_captioner", "rlkit.backbones.tiny_captioner"),
 }
 HEAVY = {

@@ -257,3 +257,15 @@ def test_metrics_are_means_over_rows_not_over_mini_batches_and_start_anew() -> N
 def test_option_errors(options: dict[str, float], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         LearnerOptions(**({"lr": 1e-3, "batch": 8} | options))  # type: ignore[arg-type]
+
+
+def test_the_ends_of_a_range_are_extremes_over_all_rows_and_not_means(toy_policy: Policy) -> None:
+    learner = Learner(toy_policy, LearnerOptions(lr=1e-3, batch=4), Processes())
+    for part in ([0.5, 2.0], [0.25, 1.5]):
+        values = torch.tensor(part)
+        learner._note("mismatch/low", values, torch.ones(2))
+        learner._note("mismatch/high", values, torch.ones(2))
+    learner._note("mismatch/low", torch.tensor([0.1]), torch.zeros(1))  # not counted
+    found = learner.metrics()
+    assert found["mismatch/low"] == pytest.approx(0.25)
+    assert found["mismatch/high"] == pytest.approx(2.0)

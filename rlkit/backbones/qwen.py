@@ -21,14 +21,19 @@ CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 def logits(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition) -> Tensor:
     """[B, L, V] for ids [B, L], padded at either end where `there` [B, L] is false."""
-    output: Any = net(
-        input_ids=ids,
-        attention_mask=there.long(),
-        position_ids=(there.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-    )
-    result: Tensor = output.logits
+    result: Tensor = _output(net, ids, there).logits
     return result
+
+
+def hidden(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition, layer: int) -> Tensor:
+    """[B, L, H] the states of a layer."""
+    result: Tensor = _output(net, ids, there, output_hidden_states=True, logits_to_keep=1).hidden_states[layer]
+    return result
+
+
+def _output(net: nn.Module, ids: Tensor, there: Tensor, **asked: Any) -> Any:
+    places = (there.cumsum(dim=1) - 1).clamp(min=0)
+    return net(input_ids=ids, attention_mask=there.long(), position_ids=places, use_cache=False, **asked)
 
 
 def collate(conditions: Sequence[Condition]) -> Condition:
@@ -76,6 +81,7 @@ class Qwen:
         return TokenModel(
             net=net,
             logits=logits,
+            hidden=hidden,
             encode=encode,
             decode=shared.texts(tokenizer),
             ends=shared.ends(net, tokenizer),

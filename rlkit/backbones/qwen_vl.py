@@ -7,13 +7,19 @@ computed once, with the prompt, and given with every call. Pictures are made rea
 that no torchvision is needed.
 
 An answer cannot hold the mark that stands for a picture: there is none behind it. Its logit is so low that nothing
-samples it, in a rollout and in training alike. Videos are left out.
+samples it, in a rollout and in training alike (vLLM is told so with each request, by `TokenModel.picture`). Marks of
+where a picture begins and ends, and that of a video, are tokens as others are. Videos are left out.
+
+transformers weaves Qwen3-VL's rows and columns into one another whatever the configuration says; vLLM does so only
+where it says `mrope_interleaved`, and else reads pictures otherwise, without a word. What is written says so.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,25 +53,30 @@ def positions(there: Tensor, cond: Condition) -> Tensor:
     return torch.where((place < prompt[:, None])[..., None], of_prompt, of_answer).movedim(-1, 0)
 
 
+def output(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition, **asked: Any) -> Any:
+    """What the network says to ids [B, L], padded at either end where `there` [B, L] is false."""
+    ids = torch.where(there, ids, torch.zeros_like(ids))  # padding is no picture
+    pictures = {"pixel_values": cond["pixels"], "image_grid_thw": cond["grids"]} if len(cond["grids"]) else {}
+    given = {"attention_mask": there.long(), "position_ids": positions(there, cond), "use_cache": False}
+    return net(input_ids=ids, **given, **pictures, **asked)
+
+
 def reading(mark: int) -> Any:
     """The function that gives logits, of networks for which this token stands for a part of a picture."""
 
     def logits(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition) -> Tensor:
-        """[B, L, V] for ids [B, L], padded at either end where `there` [B, L] is false."""
-        ids = torch.where(there, ids, torch.zeros_like(ids))  # padding is no picture
-        pictures = {"pixel_values": cond["pixels"], "image_grid_thw": cond["grids"]} if len(cond["grids"]) else {}
-        output: Any = net(
-            input_ids=ids,
-            attention_mask=there.long(),
-            position_ids=positions(there, cond),
-            use_cache=False,
-            **pictures,
-        )
-        result: Tensor = output.logits
+        """[B, L, V]"""
+        result: Tensor = output(net, ids, there, cond).logits
         never = torch.arange(result.shape[-1], device=result.device) == mark
         return result.masked_fill(never, NEVER)
 
     return logits
+
+
+def hidden(net: nn.Module, ids: Tensor, there: Tensor, cond: Condition, layer: int) -> Tensor:
+    """[B, L, H] the states of a layer. At 0 the pictures' tokens are what the vision tower made of them."""
+    result: Tensor = output(net, ids, there, cond, output_hidden_states=True, logits_to_keep=1).hidden_states[layer]
+    return result
 
 
 def collate(conditions: Sequence[Condition]) -> Condition:
@@ -168,6 +179,10 @@ class QwenVL:
             at, _ = net.model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grids)  # [3, 1, P]
             return {"ids": ids, "pixels": pixels, "grids": grids, "positions": at[:, 0].T.contiguous()}
 
+        def bare(ids: Tensor) -> Condition:
+            nothing = {"ids": ids, **dict(zip(("pixels", "grids"), seen(Prompt(id=0, text="")), strict=True))}
+            return nothing | {"positions": torch.arange(len(ids))[:, None].expand(-1, 3)}
+
         def at_size(prompt: Prompt, condition: Condition) -> tuple[Tensor, ...]:
             """Enlarged or made smaller as `ready` does it: another's resizing may round otherwise."""
             found = _pictures.of_prompt(prompt, 0, MOST)
@@ -175,21 +190,37 @@ class QwenVL:
             resized = [one.resize(size, ready.resample) for one, size in zip(found, sides, strict=True)]
             return tuple(from_pil(one) for one in resized)
 
+        def write(to: Path) -> None:
+            folder.write(to, size)
+            if folder.config["model_type"] == "qwen3_vl":
+                say_interleaved(to / "config.json")
+
         return TokenModel(
             net=net,
             logits=reading(mark),
+            hidden=hidden,
+            bare=bare,
             encode=lambda prompts: [read(prompt) for prompt in prompts],
             decode=shared.texts(tokenizer),
             ends=shared.ends(net, tokenizer),
             longest=self.longest,
             lora_targets=words_layers(net),
             collate=collate,
-            write=lambda folder_: folder.write(folder_, size),
+            write=write,
             unread=lambda text: shared.marks(tokenizer, text),
             picture=mark,
             pictures=at_size,
             tasks=self.tasks,
         )
+
+
+def say_interleaved(file: Path) -> None:
+    """Let a configuration of Qwen3-VL say how its positions are laid out, which is always the same."""
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("rope_parameters", "rope_scaling"):  # transformers' newer name, and that of the published checkpoints
+        if whole["text_config"].get(name):
+            whole["text_config"][name]["mrope_interleaved"] = True
+    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 def words_layers(net: nn.Module) -> tuple[str, ...]:
