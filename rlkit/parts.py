@@ -26,6 +26,7 @@ from rlkit.types import Condition, Connection, FlowModel, Prompt
 from rlkit.weights import FROZEN, Lora, Tensors, Weights
 
 UNTOLD = ""  # the key of what guidance leads away from
+READER = "reader"  # the captioner's set that reads, where the connection holds it
 
 
 class Connector(Weights):
@@ -106,10 +107,9 @@ class Told:
     def batch(self, keys: Sequence[str], model: FlowModel | None = None, weights: str = "current") -> Condition:
         """{"name": [B, ...]}, with gradient where the stage trains what it comes from."""
         said = [key for key in keys if key != UNTOLD]
-        trains = (
-            torch.is_grad_enabled() and weights == "current" and (_trains(self._writer) or _trains(self._connector))
-        )
-        told = self._read(said, weights) if trains else self._remembered(said, weights)
+        carries = torch.is_grad_enabled() and weights == "current"
+        live = carries and (self._reads_live() or _trains(self._connector))
+        told = self._read(said, weights) if live else self._remembered(said, weights)
         if len(said) == len(keys):
             return told
         assert self._untold is not None
@@ -132,9 +132,14 @@ class Told:
         kept = [self._kept[weights, key] for key in keys]
         return {name: torch.stack([one[name] for one in kept]) for name in kept[0]}
 
+    def _reads_live(self) -> bool:
+        """Whether the weights that read are among those that the stage trains."""
+        return _trains(self._writer) and READER not in self._writer.sets
+
     def _read(self, keys: Sequence[str], weights: str) -> Condition:
         writer, connector = (weights if weights in one.sets else "current" for one in (self._writer, self._connector))
-        if _trains(self._writer):
+        writer = READER if READER in self._writer.sets else writer
+        if self._reads_live():
             states = self._states_of(keys, writer)
         else:
             new = [key for key in dict.fromkeys(keys) if key not in self._states]
@@ -205,8 +210,11 @@ class Parts:
             for key, tensor in part.trainable.items():
                 tensor.requires_grad_(name in trained and (not words or any(word in key for word in words)))
             if name not in trained:
-                for kept in list(part.sets):
+                for kept in set(part.sets) - {READER}:
                     part.drop(kept)
+        held = self.connector.connection.held and READER not in self.writer.sets
+        if held and kind == "tokens" and self.writer_name in trained:
+            self.writer.keep(READER)
         self.conditions.renew()
 
     @property
@@ -311,6 +319,8 @@ class Parts:
         for name, part in self.parts.items():
             if part.trainable:
                 lines.append(part.export(folder / name, weights if weights in part.sets else "current"))
+            if READER in part.sets:
+                lines.append(part.export(folder / READER, READER))
         return "; ".join(lines)
 
 

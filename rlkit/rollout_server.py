@@ -11,13 +11,13 @@ import signal
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from rlkit.serving import Engine, Served
-    from rlkit.trainer import Setup
+    from rlkit.trainer import Setup, Stage
 
 READY = 900.0  # seconds that a server may take to load
 
@@ -42,18 +42,28 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _writes(stage: Stage) -> tuple[str, Any]:
+    """What writes in a stage, its rollout or a part of that, and where the recipe has it."""
+    captions = getattr(stage.rollout, "captions", None)
+    where = f"stages.{stage.name}.rollout"
+    return (where, stage.rollout) if captions is None else (f"{where}.writer", captions())
+
+
 def serve_until(ended: threading.Event, setup: Setup, host: str, port: int, logs: Path) -> None:
     """Start, say where, and stop once `ended` is set. RecipeError if the recipe has no rollout that asks servers."""
     from rlkit import session
     from rlkit.language import LanguagePolicy
+    from rlkit.parts import Parts
     from rlkit.serving import serve
 
-    asking = [stage for stage in setup.stages if callable(getattr(stage.rollout, "engine_for", None))]
+    written = dict(_writes(stage) for stage in setup.stages)
+    asking = {key: one for key, one in written.items() if callable(getattr(one, "engine_for", None))}
     if not asking:
         raise RecipeError("no stage has a rollout that asks servers.", where="stages", hint="Set rollout.name: vllm.")
-    policy = session.load_single(setup)
+    whole = session.load_policy(setup)
+    policy = whole.writer if isinstance(whole, Parts) else whole
     assert isinstance(policy, LanguagePolicy)  # the check of kinds has seen to it
-    engines: dict[str, Engine] = {stage.name: stage.rollout.engine_for(policy, served=True) for stage in asking}
+    engines: dict[str, Engine] = {key: rollout.engine_for(policy, served=True) for key, rollout in asking.items()}
     servers: dict[Engine, Served] = {}
     with tempfile.TemporaryDirectory(prefix="rlkit-") as folder:
         policy.write_base(Path(folder))
@@ -65,7 +75,7 @@ def serve_until(ended: threading.Event, setup: Setup, host: str, port: int, logs
             for server in servers.values():
                 server.wait(READY)
             for name, engine in engines.items():
-                print(f"ready: stages.{name}.rollout.urls=[{servers[engine].url}]", flush=True)
+                print(f"ready: {name}.urls=[{servers[engine].url}]", flush=True)
             while not ended.wait(0.5):
                 gone = [server for server in servers.values() if not server.alive()]
                 if gone:

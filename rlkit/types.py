@@ -546,6 +546,7 @@ class Connection:
     build: Callable[[int, Condition], nn.Module]
     reads: Literal["answer", "last", "picture"]  # states of the answer's tokens, of its last, or the pictures' own
     sees: bool  # the answer is read behind what it answers, the picture there; false: it is read by itself
+    held: bool  # answers are read by the weights from before the first stage that trains how they are written
     write: Callable[[nn.Module, Path_], None]  # for `load` to find again
 
 

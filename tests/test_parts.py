@@ -206,6 +206,40 @@ def test_a_caption_is_read_by_itself_unless_the_captioner_is_to_see_the_picture(
     assert torch.allclose(one, other, atol=1e-5) != sees
 
 
+def test_a_held_reader_is_the_captioner_from_before_the_words_were_trained(
+    tmp_path: Path, base: dict[str, Any]
+) -> None:
+    held = base["policy"]["parts"] | {"connector": {"backbone": {"name": "projector", "width": 16, "held": True}}}
+    base = {**base, "policy": {"parts": held}}
+    words, pixels = (one | {"steps": 1} for one in (WORDS, PIXELS))
+    setup = written(tmp_path, base, cold=COLD | {"steps": 1}, words=words, pixels=pixels)
+    setup = replace(setup, options=replace(setup.options, keep_checkpoints=9))
+    run(tmp_path / "run", setup)
+    after = [checkpoint.at(tmp_path / "run", at).tensors for at in (1, 2, 3)]
+    name = next(key for key in after[0] if key.startswith("policy/current/captioner/") and "up_proj.lora_A" in key)
+    held_name = name.replace("/current/", "/reader/")
+    assert held_name not in after[0], "the cold start trains what reads"
+    for one in after[1:]:
+        assert torch.equal(one[held_name], after[0][name])
+        assert not torch.equal(one[name], after[0][name])
+    policy = session.load_policy(setup, folder=tmp_path / "run")
+    assert isinstance(policy, Parts)
+    begin(policy, setup.stages[2])
+    told = [replace(one, text="a", asked=one, answer=(7, 8, 9)) for one in batch(1).prompts]
+
+    def read() -> Tensor:
+        policy.conditions.renew()
+        policy.conditions.encode(told)
+        return policy.conditions.batch([told[0].key])["tokens"]
+
+    with torch.no_grad():
+        by_reader = read()
+        policy.writer.use("reader")
+        policy.writer.drop("reader")
+        torch.testing.assert_close(read(), by_reader)
+    assert (tmp_path / "run" / "weights" / "reader" / "adapter_model.safetensors").is_file()
+
+
 def test_of_a_part_some_weights_can_be_trained_alone(tmp_path: Path, base: dict[str, Any]) -> None:
     way = {"full": True, "only": ["lm_head"]}
     folder = tmp_path / "run"

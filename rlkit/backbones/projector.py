@@ -70,6 +70,9 @@ class Projector:
     width: int | None = None  # of the inner layer; None: that of the captioner's states
     reads: Literal["answer", "last", "picture"] = "answer"  # states of the answer's tokens, of its last, or no words
     sees: bool = False  # the captioner has the picture before it too as it reads its caption; false: the words alone
+    # Captions are read for the generator by the captioner's weights from before the first stage that trains its words;
+    # false: by those that write, so that what is said and how it is understood change together.
+    held: bool = False
     path: str | None = None  # a folder with the weights; `world`: those between the embedded world's; None: untrained
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class Projector:
                 read(net, BASE if self.path == "world" else Path(self.path))
             return net.to(device)
 
-        return Connection(build=build, reads=self.reads, sees=self.sees, write=write)
+        return Connection(build=build, reads=self.reads, sees=self.sees, held=self.held, write=write)
 
 
 BASE = Path(__file__).parent / "tiny_connector_base"
