@@ -86,6 +86,9 @@ def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     means = [one.name for one in dataclasses.fields(Resources)]
     said = ("guidance", "negative", "checkpointing", *means)
     parts = _mapping(node.get("parts"), "policy.parts")
+    if parts and node.get("backbone") is not None:
+        hint = "Leave out policy.backbone and policy.train (~policy.backbone), or policy.parts."
+        raise RecipeError("a policy is of one backbone or of several parts.", where="policy.parts", hint=hint)
     known(node, ("parts", *said) if parts else ("backbone", "train", "conditions", "parts", *said), "policy")
     backbone, lora, whole = None, None, {}
     if not parts:

@@ -224,9 +224,7 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     return media
 
 
-def reconstruct(
-    setup: Setup, folder: Path | None = None
-) -> Callable[[Sequence[Tensor]], tuple[Tensor, list[str]]]:
+def reconstruct(setup: Setup, folder: Path | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, list[str]]]:
     """Pictures [3, H, W] -> (what the policy draws of its own captions [N, 3, H, W], those captions).
 
     Of the backbones, or of a run folder's newest checkpoint. RecipeError for a policy of one network.

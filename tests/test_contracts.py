@@ -108,7 +108,8 @@ def samples_for(entry: registry.Entry) -> Samples:
 def test_a_backbone_has_its_card_which_is_read_without_importing_it(entry: registry.Entry) -> None:
     card = entry.constants
     assert card["tasks"]
-    assert set(card["tasks"]) <= ({"text", "caption"} if card["kind"] == "tokens" else {"t2i", "edit", "in_context"})
+    known = {"tokens": {"text", "caption"}, "flow": {"t2i", "edit", "in_context"}, "connection": {"caption to image"}}
+    assert set(card["tasks"]) <= known[card["kind"]]
     for word in ("licence", "parameters"):
         assert isinstance(card[word], str), word
         assert card[word], word

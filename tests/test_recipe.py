@@ -75,7 +75,7 @@ def test_a_users_file_extends_a_built_in_recipe():
     assert theirs["run"]["seed"] == 7
     main = theirs["stages"]["main"]
     assert main["learner"]["lr"] == 1e-4  # plain YAML reads text here
-    assert main["rewards"] == {"composition": {"weight": 0.5, "score": "mixed"}}
+    assert main["rewards"] == {"composition": {"weight": 0.5, "score": "mixed", "by": "prompt"}}
     assert main["algorithm"] == ours["stages"]["main"]["algorithm"]
 
 
@@ -222,7 +222,7 @@ OVERRIDES = {  # override, then the words of the message
     "an option of a reward": ("stages.main.rewards.composition.scor=strict", "composition", "'scor'", "'score'"),
     "an option of the data": ("stages.main.data.groups=4", "stages.main.data", "'groups'", "'group'"),
     "an option of the evaluation": ("stages.main.evaluate.evry=4", "stages.main.evaluate", "'evry'", "'every'"),
-    "several parts": ("policy.parts.a.backbone=tiny", "policy.parts", "backbone, train"),
+    "several parts": ("policy.parts.a.backbone=tiny", "policy.parts", "policy.backbone"),
     "a removed key that is not there": ("~stages.main.learner.l", "removes", "'stages.main.learner.lr'"),
     "a wrong type": ("stages.main.steps=many", "stages.main.steps", "a whole number", "'many'"),
     "a number in quotes": ("stages.main.learner.lr='1e-4'", "stages.main.learner.lr", "without quotes"),
@@ -437,7 +437,14 @@ def test_a_reward_may_be_used_twice_and_only_for_evaluation():
     assert (truth.name, truth.reward.score, truth.weight, truth.when) == ("truth", "strict", 0.0, "evaluation")
     assert (graded.entry, truth.entry) == ("", "composition")
     plain = setup.recipe["stages"]["main"]["rewards"]
-    told = {"weight": 0.0, "reward": "composition", "when": "evaluation", "retries": 1, "score": "strict"}
+    told = {
+        "weight": 0.0,
+        "reward": "composition",
+        "when": "evaluation",
+        "retries": 1,
+        "score": "strict",
+        "by": "prompt",
+    }
     assert plain["truth"] == told
     assert recipe.resolve(setup.recipe) == setup
 
