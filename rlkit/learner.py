@@ -220,8 +220,8 @@ class Learner:
             self._peaks[name] = max(self._peaks.get(name, -math.inf), -float(seen.min()))
 
     def metrics(self) -> dict[str, float]:
-        """What was noted since the last call, over all processes: weighted means; of `*/deviation` and `*/high` the largest,
-        of `*/low` the smallest."""
+        """What was noted since the last call, over all processes: weighted means, but of `*/deviation` and `*/high` the
+        largest and of `*/low` the smallest."""
         names = [names for names in self._family_names({tuple(self._sums): 0.0}) if names]
         order = sorted({name for family in names for name in family})
         means = {}
