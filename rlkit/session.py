@@ -224,10 +224,13 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     return media
 
 
-def reconstruct(setup: Setup, folder: Path | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, list[str]]]:
+def reconstruct(
+    setup: Setup, folder: Path | None = None, text: str = ""
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, list[str]]]:
     """Pictures [3, H, W] -> (what the policy draws of its own captions [N, 3, H, W], those captions).
 
-    Of the backbones, or of a run folder's newest checkpoint. RecipeError for a policy of one network.
+    Of the backbones, or of a run folder's newest checkpoint. text: that of every prompt. RecipeError for a policy of
+    one network.
     """
     policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
     if not isinstance(policy, Parts):
@@ -236,7 +239,7 @@ def reconstruct(setup: Setup, folder: Path | None = None) -> Callable[[Sequence[
     policy.stage({}, "flow")
 
     def again(pictures: Sequence[Tensor]) -> tuple[Tensor, list[str]]:
-        rows = tuple(Prompt(id=row, text="", source=picture) for row, picture in enumerate(pictures))
+        rows = tuple(Prompt(id=row, text=text, source=picture) for row, picture in enumerate(pictures))
         context = Context(setup.options.seed, "reconstruct", 0, stage.rollout.steps, {}, Processes().gather)
         rollout = stage.rollout.start(policy, Processes())
         try:

@@ -9,6 +9,8 @@ Differences from the paper:
 * Its 100 pictures are not published: the folder is yours, and numbers of two folders do not compare.
 * It names no checkpoints: the encoders are those of the reward `reconstruction`, with the recipe's paths where the
   recipe names that reward.
+* Its instruction is the prompt. A captioner reads that as its recipe says: `qwen_vl` as it stands with `instruction:
+  "{prompt}"`, else in the recipe's own words, which are those that it was trained with.
 * Standard errors over pictures are ours, and so is what happens to a picture that cannot be read or scored: it is left
   out of every mean, counted and named.
 """
@@ -92,7 +94,7 @@ class Report:
             "overall": asdict(self.overall),
             "encoders": {name: asdict(one) for name, one in self.means.items()},
             "broken": dict(self.broken),
-            "instruction": INSTRUCTION,
+            "prompt": INSTRUCTION,
             "images": [
                 {"name": row.name, "caption": row.caption, "scores": dict(row.scores), "overall": row.overall}
                 for row in self.rows
@@ -220,7 +222,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = dist.start(1, setup.options.device).device
     encoders = reward.load(device).encoders  # before the policy: what they lack should not be found out after it
-    report = unified_bench(images, session.reconstruct(setup, options.run), encoders, names)
+    report = unified_bench(images, session.reconstruct(setup, options.run, INSTRUCTION), encoders, names)
     report = Report(report.rows, {**broken, **report.broken}, report.encoders)
     print(json.dumps(report.as_json(), indent=2) if options.json else report.table())
     return 0

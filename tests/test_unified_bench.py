@@ -157,7 +157,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (folder / "c.png").write_bytes(b"no picture")
     asked = []
 
-    def reconstruct(setup: Any, run: Path | None) -> Any:
+    def reconstruct(setup: Any, run: Path | None, text: str) -> Any:
+        assert text == INSTRUCTION
         asked.append(run)
 
         def back(images: Sequence[Tensor]) -> tuple[Tensor, list[str]]:
@@ -174,6 +175,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert asked == [Path("somewhere")]
     assert told["overall"]["mean"] == pytest.approx(100, abs=1e-3)
     assert (told["count"], list(told["broken"])) == (2, ["c.png"])
-    assert told["instruction"] == INSTRUCTION
+    assert told["prompt"] == INSTRUCTION
     assert cli.main(words) == 0
     assert "overall      100.00 ± 0.00" in capsys.readouterr().out
