@@ -87,6 +87,8 @@ class Scoring:
     def __call__(self, samples: Samples, gather: Callable[[Tensor], Tensor], held_out: bool = False) -> Scores:
         """`held_out`: with the rewards that are for evaluation alone."""
         asked = [one for one in self.rewards if held_out or one.when == "always"]
+        if samples.shots is not None:
+            return averaged(self._score(asked, samples.shots, gather), len(samples.shots) // max(1, len(samples)))
         scores = self._score(asked, samples, gather)
         if samples.previews is None:
             return scores
@@ -173,4 +175,20 @@ class Scoring:
             )
 
 
-__all__ = ["Scoring", "WeightedReward"]
+def averaged(scores: Scores, count: int) -> Scores:
+    """The means over each `count` neighbours. One that is not scored leaves its mean without a number."""
+
+    def mean(values: Tensor) -> Tensor:
+        return values.reshape(-1, count, *values.shape[1:]).mean(1)
+
+    return replace(
+        scores,
+        raw=mean(scores.raw),
+        valid=scores.valid.reshape(-1, count, scores.valid.shape[1]).all(1),
+        components={name: mean(values) for name, values in scores.components.items()},
+        values=None if scores.values is None else mean(scores.values),
+        combined=None if scores.combined is None else mean(scores.combined),
+    )
+
+
+__all__ = ["Scoring", "WeightedReward", "averaged"]

@@ -186,6 +186,7 @@ class Samples:
     preview_of: Tensor | None = None  # [N, K] int64, the preview that completes this decision's state; -1: none
     tokens: Tokens | None = None
     texts: tuple[str, ...] = ()  # [N] the answers of a token policy
+    shots: Samples | None = None  # [N * k] k pictures of each sample, neighbours, whose scores are averaged
     refilled: int = 0  # groups of the step, over all processes, that were too old and were sampled again
 
     @property
@@ -214,6 +215,7 @@ class Samples:
             path=None,
             previews=None,
             preview_of=None,
+            shots=None,
         )
 
 

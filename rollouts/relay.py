@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlkit import registry
@@ -40,11 +41,14 @@ class Relay:
 
     steps: int = 10  # denoising steps
     batch: int | None = None  # pictures in one forward pass; None: all
+    pictures: int = 1  # of each caption where captions are trained; what they score is averaged
     # Who writes: a rollout of words with its options.
     writer: Mapping[str, Any] = field(default_factory=lambda: {"name": "local"})
 
     def __post_init__(self) -> None:
         Local(steps=self.steps, batch=self.batch)  # for its checks
+        if self.pictures < 1:
+            raise ValueError(f"pictures must be 1 or more, not {self.pictures}")
         kinds = getattr(self.captions(), "kinds", (getattr(self.captions(), "kind", ""),))
         if "tokens" not in kinds or isinstance(self.captions(), Relay):
             what = f"{self.writer.get('name')!r} writes no captions: it is a rollout of {' and '.join(kinds)}"
@@ -64,7 +68,7 @@ class RelayRollout:
     """A started `Relay`."""
 
     def __init__(self, options: Relay, policy: Parts, processes: Processes) -> None:
-        self.policy, self.processes = policy, processes
+        self.options, self.policy, self.processes = options, policy, processes
         self._drawing = Local(steps=options.steps, batch=options.batch).start(policy.drawer, processes)
         writer = options.captions()
         self._writing = writer.start(policy.writer, processes)
@@ -93,12 +97,22 @@ class RelayRollout:
         return self._pictures(prompts, plan, replace(context, coming=None))
 
     def _captions(self, prompts: PromptBatch, plan: Plan, context: Context) -> Samples:
-        """Samples of the captioner, each with a picture."""
+        """Samples of the captioner, each with a picture, or with several as its `shots`."""
         said = self._writing.collect(prompts, self._of("writer", plan), context)
         each = {index: _told(prompt, text, ids) for index, prompt, text, ids in _written(said)}
         shown = Plan(steps=plan.steps, shared_noise=True, policy_set=self._of("drawer", plan).policy_set)
-        drawn = self._drawing.collect(replace(prompts, each=each), shown, context)
-        return replace(said, media=drawn.media, latents=drawn.latents, sigmas=drawn.sigmas)
+        drawn = [
+            self._drawing.collect(replace(prompts, each=each), shown, _round(context, number))
+            for number in range(self.options.pictures)
+        ]
+        samples = replace(said, media=drawn[0].media, latents=drawn[0].latents, sigmas=drawn[0].sigmas)
+        if len(drawn) == 1:
+            return samples
+        rows = torch.arange(len(said)).repeat_interleave(len(drawn))  # [N * k]
+        media, latents = (
+            torch.stack(columns, dim=1).flatten(0, 1) for columns in zip(*map(_pixels, drawn), strict=True)
+        )
+        return replace(samples, shots=replace(said.select(rows), media=media, latents=latents))
 
     def _pictures(self, prompts: PromptBatch, plan: Plan, context: Context) -> Samples:
         """Samples of the generator, each of a caption."""
@@ -118,6 +132,15 @@ class RelayRollout:
         """The plan with the set that it names where this part has it; a part that the stage leaves alone has none."""
         sets = (self.policy.writer if part == "writer" else self.policy.drawer).sets
         return plan if plan.policy_set in sets else replace(plan, policy_set="current")
+
+
+def _round(context: Context, number: int) -> Context:
+    """The same step with other noise; the first picture's is that of any other rollout."""
+    return replace(context, stage=f"{context.stage} picture {number}") if number else context
+
+
+def _pixels(samples: Samples) -> tuple[Tensor, Tensor]:
+    return samples.media, samples.latents
 
 
 def _told(prompt: Prompt, text: str, ids: tuple[int, ...]) -> Prompt:

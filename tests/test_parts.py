@@ -16,9 +16,10 @@ from rlkit.data import PromptBatch, WorldPrompts
 from rlkit.errors import RecipeError
 from rlkit.parts import Parts
 from rlkit.rollouts.relay import Relay
+from rlkit.scoring import Scoring, WeightedReward, averaged
 from rlkit.tracking import Metrics
 from rlkit.trainer import Interrupted, Setup, begin
-from rlkit.types import Context, FlowModel, Loss, Plan, Prompt, Samples
+from rlkit.types import Context, FlowModel, Loss, Plan, Prompt, Samples, Scores
 
 CPU = torch.device("cpu")
 ALL = {"captioner": {"lora": {"rank": 2}}, "connector": {"full": True}, "generator": {"lora": {"rank": 2}}}
@@ -153,6 +154,36 @@ def test_captions_of_a_group_differ_and_their_pictures_grow_from_one_noise(
             same_words = bool((samples.tokens.ids[a] == samples.tokens.ids[b]).all())
             same_picture = bool(torch.allclose(samples.latents[a], samples.latents[b], atol=1e-5))
             assert same_picture == (same_words and a // 4 == b // 4), (a, b)
+
+
+def test_several_pictures_of_a_caption_share_their_score(
+    tmp_path: Path, base: dict[str, Any], context: MakeContext
+) -> None:
+    policy = loaded(tmp_path, base, WORDS)
+    options = Relay(steps=3, pictures=3, writer={"name": "local", "most": 8})
+    prompts = batch(2, 4)
+    samples = options.start(policy, dist.Processes()).collect(prompts, Plan(), context())
+    one = collected(policy, context(), prompts)
+    assert samples.texts == one.texts
+    assert torch.equal(samples.media, one.media), "the first picture is the only one's"
+    assert samples.shots is not None
+    shots = samples.shots.media.reshape(8, 3, *samples.media.shape[1:])
+    assert torch.equal(shots[:, 0], samples.media)
+    assert not torch.allclose(shots[:, 1], shots[:, 2], atol=1e-3), "of other noise"
+    scored = Scoring([WeightedReward("likeness", Likeness(), 1.0), WeightedReward("brevity", Brevity(), 0.0)])
+    scores = scored(samples, lambda values: values)
+    sources = torch.stack([p.source for p in samples.prompts if p.source is not None])
+    by_hand = -(shots - sources[:, None]).pow(2).flatten(2).mean(2).mean(1)
+    torch.testing.assert_close(scores.total, by_hand)
+    assert scores.raw[:, 1].tolist() == [-float(len(text)) for text in samples.texts]
+
+
+def test_a_sample_of_which_a_picture_has_no_score_has_none() -> None:
+    raw = torch.tensor([[1.0], [3.0], [torch.nan], [5.0]])
+    found = averaged(Scores(("a",), raw, torch.isfinite(raw), torch.ones(1), {"a/b": raw[:, 0]}), 2)
+    assert found.raw[0].item() == 2.0
+    assert found.scored.tolist() == [True, False]
+    assert found.total.tolist() == [2.0, 0.0]
 
 
 def test_a_generators_group_draws_one_caption(tmp_path: Path, base: dict[str, Any], context: MakeContext) -> None:
