@@ -135,7 +135,8 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     folder.mkdir(parents=True, exist_ok=True)
     media = _pictured(samples)[:SHEET]
     count, channels, height, width = media.shape
-    shown = [[] if samples.texts else _given(prompt, height, width) for prompt in samples.prompts[:SHEET]]
+    written = samples.media.ndim < 4  # nothing was drawn: what was written about stands in the picture's place
+    shown = [[] if written else _given(prompt, height, width) for prompt in samples.prompts[:SHEET]]
     given = max(len(pictures) for pictures in shown)
     rows, tile = -(-count // COLUMNS), (given + 1) * width
     sheet = torch.zeros(channels, rows * height, COLUMNS * tile)
@@ -146,7 +147,8 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
         for cell, picture in enumerate([*shown[i], *[None] * (given - len(shown[i])), media[i]]):
             if picture is not None:
                 sheet[:, top : top + height, left + cell * width : left + (cell + 1) * width] = picture
-        item = {"prompt": samples.prompts[i].text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
+        prompt = samples.prompts[i]
+        item = {"prompt": (prompt.asked or prompt).text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
         if samples.texts:
             item["text"] = samples.texts[i]
         parts = scores.components
@@ -162,7 +164,7 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
 
 def _pictured(samples: Samples) -> Tensor:
     """What is shown of each sample [N, 3, H, W]: its picture, or what a token policy wrote about, or nothing."""
-    if not samples.texts:
+    if samples.media.ndim == 4:
         return samples.media
     sources = [prompt.source.cpu() for prompt in samples.prompts if prompt.source is not None]
     if len(sources) == len(samples) and len({one.shape for one in sources}) == 1:

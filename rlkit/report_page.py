@@ -204,7 +204,7 @@ def pictures(pair: Sequence[Sheet]) -> str:
     note = f"{beside}Step {first.at:,}."
     if first is not last:
         sides = "step {}, step {}" if first.given else "Left: step {}. Right: step {}"
-        written = "text" in last.items[0]
+        written = "text" in last.items[0] and not first.given
         sides = "Said of each picture: step {} → step {}" if written else sides
         many = f"{len(ways)} {'texts' if written else 'pictures'}"
         note = f"{beside}{sides.format(f'{first.at:,}', f'{last.at:,}')}. Of these {many}, "
@@ -227,9 +227,10 @@ def _compare(before: Row, after: Row) -> str:
 
 def _picture(before: Row, after: Row, way: str, images: Sequence[str]) -> str:
     prompt = escape(str(after.get("prompt", "")))
-    if "text" in after:  # written, not drawn: the picture is what it is about
+    if "text" in after:  # what was said; where nothing was drawn, the picture is what it is about
         words = [str(one.get("text", "")) for one in ((before, after) if before is not after else (after,))]
-        prompt, images = " → ".join(escape(one) or "–" for one in words), images[-1:]
+        prompt = " → ".join(escape(one) or "–" for one in words)
+        images = images if len(images) > 2 else images[-1:]
     style = f' style="width: calc({100 / len(images):.2f}% - 6px)"' if len(images) > 2 else ""
     shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")

@@ -1,10 +1,12 @@
 """A policy of three parts: what a gradient reaches, what a stage leaves alone, and that each stage is what it says."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -475,6 +477,22 @@ def test_a_row_shows_the_captions_length_beside_the_reward(curriculum: Path) -> 
     rows = [row for row in Metrics.read(curriculum / "run") if row["kind"] == "train" and row["stage"] == "words"]
     assert len(rows) == 2
     assert all(row["tokens/length"] > 1 and row["reward/mean"] < 0 for row in rows)
+
+
+@pytest.mark.parametrize("at", [0, 2, 4, 6])
+def test_a_sheet_shows_each_source_beside_what_was_drawn_of_it(curriculum: Path, at: int) -> None:
+    from PIL import Image
+
+    samples = curriculum / "run" / "samples"
+    told = json.loads((samples / f"{at:06d}.json").read_text())
+    assert told["given"] == 1
+    pixels = np.asarray(Image.open(samples / f"{at:06d}.png").convert("RGB"), dtype=np.float32)
+    sheet = torch.from_numpy(pixels / 255).permute(2, 0, 1)
+    for place, prompt in enumerate(WorldPrompts(2, 3, task="caption").held_out(2)):
+        assert prompt.source is not None
+        torch.testing.assert_close(sheet[:, :, place * 64 : place * 64 + 32], prompt.source, atol=3e-3, rtol=0)
+        assert told["items"][place]["text"], "and what was said"
+    assert (sheet[:, :, 32:64] - sheet[:, :, :32]).abs().mean() > 0.01
 
 
 def test_what_is_exported_is_loaded_again(curriculum: Path) -> None:
