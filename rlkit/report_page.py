@@ -196,8 +196,12 @@ def pictures(pair: Sequence[Sheet]) -> str:
     matched = matched[:PICTURES]
     olds, news = tiles(first, [old for old, _ in matched]), tiles(last, [new for _, new in matched])
     ways = [_compare(first.items[old], last.items[new]) for old, new in matched]
+
+    def tiles_of(old: Sequence[str], new: Sequence[str]) -> list[str]:
+        return [*old, *new[-1:]] if first is not last else list(old)
+
     cells = "".join(
-        _picture(first.items[old], last.items[new], way, [*old_tile, *new_tile[-1:]] if first is not last else old_tile)
+        _picture(first.items[old], last.items[new], way, tiles_of(old_tile, new_tile), first.given)
         for (old, new), way, old_tile, new_tile in zip(matched, ways, olds, news, strict=True)
     )
     beside = "What was given, then: " if first.given else ""
@@ -225,12 +229,12 @@ def _compare(before: Row, after: Row) -> str:
     return ""
 
 
-def _picture(before: Row, after: Row, way: str, images: Sequence[str]) -> str:
+def _picture(before: Row, after: Row, way: str, images: Sequence[str], given: int) -> str:
     prompt = escape(str(after.get("prompt", "")))
     if "text" in after:  # what was said; where nothing was drawn, the picture is what it is about
         words = [str(one.get("text", "")) for one in ((before, after) if before is not after else (after,))]
         prompt = " → ".join(escape(one) or "–" for one in words)
-        images = images if len(images) > 2 else images[-1:]
+        images = images if given else images[-1:]
     style = f' style="width: calc({100 / len(images):.2f}% - 6px)"' if len(images) > 2 else ""
     shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")
