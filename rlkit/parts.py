@@ -197,16 +197,22 @@ class Parts:
         self.trained: tuple[str, ...] = tuple(parts)
         self.kind = "flow"
 
+    def refuse_unknown(self, trained: Mapping[str, Sequence[str]], where: str) -> None:
+        """RecipeError for a word that stands in the name of no tensor of its part."""
+        for name, words in trained.items():
+            tensors = self.parts[name].trainable
+            for word in words:
+                if not any(word in key for key in tensors):
+                    hint = f"Its tensors have names such as {next(iter(tensors))!r}."
+                    what = f"no weight of the {name} that is trained is named {word!r}."
+                    raise RecipeError(what, where=f"{where}.{name}.only", hint=hint)
+
     def stage(self, trained: Mapping[str, Sequence[str]], kind: str) -> None:
         """Train these parts alone, by an algorithm of this kind: of each all that can be trained, or the tensors whose
-        names hold one of these words. Other parts' sets are let go. RecipeError for a word that no name holds."""
+        names hold one of these words. Other parts' sets are let go."""
         self.trained, self.kind = tuple(name for name in self.parts if name in trained), kind
         for name, part in self.parts.items():
             words = trained.get(name, ())
-            for word in words:
-                if not any(word in key for key in part.trainable):
-                    hint = f"Its tensors are named like {next(iter(part.trainable))!r}."
-                    raise RecipeError(f"no weight of the {name} is named {word!r}.", where="train", hint=hint)
             for key, tensor in part.trainable.items():
                 tensor.requires_grad_(name in trained and (not words or any(word in key for word in words)))
             if name not in trained:

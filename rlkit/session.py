@@ -168,6 +168,9 @@ def _of_parts(setup: Setup, device: torch.device) -> Parts:
         options, way = setup.options, setup.policy.train[name]
         parts[name] = Connector(connection, writer, drawer.model, way, options.precision, options.seed)
     policy = Parts({name: parts[name] for name in setup.policy.parts})
+    for stage in setup.stages:  # now, not when its turn comes
+        only = {name: way.only for name, way in stage.train.items()}
+        policy.refuse_unknown(only, f"stages.{stage.name}.train")
     if setup.policy.resources.encoders == "free":
         drawer.model = without_encoders(drawer.model, {})
     return policy
