@@ -73,7 +73,14 @@ class RelayRollout:
         writer = options.captions()
         self._writing = writer.start(policy.writer, processes)
         # One caption for all members of a group, which several processes may hold: each then writes all captions.
-        self._alone = self._writing if processes.count == 1 else writer.start(policy.writer, Processes())
+        self._alone = self._writing
+        if processes.count > 1 and policy.kind == "flow":
+            if not isinstance(writer, Local):
+                what = (
+                    "several learner processes would all ask the same servers for the captions of a generator's stage."
+                )
+                raise RecipeError(what, where="rollout.writer", hint="Use {name: local} there.")
+            self._alone = writer.start(policy.writer, Processes())
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         for one in (self._drawing, self._writing, self._alone):

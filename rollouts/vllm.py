@@ -55,7 +55,7 @@ class VLLM:
 
     most: int = 64  # tokens of an answer
     temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
-    urls: tuple[str, ...] = ()  # of servers; none: an engine in this process
+    urls: tuple[str, ...] = ()  # of servers, one for each learner process at least; none: an engine in this process
     ahead: int = 0  # steps whose answers are begun before their turn, by servers; the algorithm must correct for age
     max_age: int = 0  # updates that lie between the weights of an answer's oldest token and those that learn from it
     sync: Literal["file", "gloo", "nccl", "lora"] | None = None  # how weights get there; None: as fits
@@ -270,7 +270,12 @@ class VLLMRollout:
         options = self.options
         patience = Patience(**options.patience)
         if options.urls:
-            return Pool([Server(url).open() for url in options.urls], patience)
+            # Each learner process has servers of its own: two that push to one would stop and start it for each other.
+            own = options.urls[self.processes.rank :: self.processes.count]
+            if not own:
+                what = f"{self.processes.count} learner processes cannot share {len(options.urls)} servers."
+                raise RecipeError(what, where="rollout.urls", hint="Start a server for each (rlkit serve-rollout).")
+            return Pool([Server(url).open() for url in own], patience)
         if self.processes.count > 1:
             hint = "Start servers with rlkit serve-rollout, and give their `urls`."
             raise RecipeError("an engine cannot share one of several learner processes.", where="rollout", hint=hint)

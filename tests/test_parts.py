@@ -558,6 +558,15 @@ def test_a_connector_of_other_neighbours_is_refused(tmp_path: Path, base: dict[s
         loaded(tmp_path, {**base, "policy": {"parts": gone}}, COLD)
 
 
+def test_several_processes_do_not_ask_the_same_servers_for_one_caption(tmp_path: Path, base: dict[str, Any]) -> None:
+    policy = loaded(tmp_path, base, PIXELS)
+    served = Relay(steps=3, writer={"name": "vllm", "urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"]})
+    with pytest.raises(RecipeError, match="all ask the same servers"):
+        served.start(policy, dist.Processes(0, 2))
+    policy.stage({"captioner": ()}, "tokens")
+    served.start(policy, dist.Processes(0, 2)).close()
+
+
 def test_a_prompt_that_nobody_answered_is_not_drawn(tmp_path: Path, base: dict[str, Any]) -> None:
     policy = loaded(tmp_path, base, PIXELS)
     with pytest.raises(ValueError, match="no answer of the captioner"):

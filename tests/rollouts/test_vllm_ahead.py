@@ -341,3 +341,22 @@ def test_adapters_go_back_by_one_push_only(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"rollout.ahead.*the newest adapter and the one before.*ahead: 1, or sync"):
         VLLM(ahead=2, **given).start(adapted, Processes())
     VLLM(ahead=2, sync="gloo", **given).start(adapted, Processes()).close()
+
+
+def test_each_learner_process_has_servers_of_its_own(
+    policy: LanguagePolicy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def named(url: str) -> Any:
+        worker = Held()
+        worker.name = url
+        return SimpleNamespace(open=lambda: worker)
+
+    monkeypatch.setattr(vllm, "Server", named)
+    options = VLLM(urls=("a", "b", "c"), sync="file", folder=str(tmp_path))
+    found = []
+    for rank in range(2):
+        rollout = options.start(policy, Processes(rank, 2))
+        found.append(list(rollout._open().workers))
+    assert found == [["a", "c"], ["b"]]
+    with pytest.raises(RecipeError, match="4 learner processes cannot share 3 servers"):
+        options.start(policy, Processes(3, 4))._open()
