@@ -5,7 +5,11 @@ the inverse of the distribution function in double precision. So an answer depen
 up to its end, on how long it might have become. In bf16 a batch of another shape rounds otherwise, and a token may turn
 out differently; in fp32 that takes a number within 1e-6 of a boundary.
 
-Left out: top-p, top-k and penalties. The trainer could not compute the log-probabilities of what they leave.
+With a top-p below 1 tokens come from the nucleus alone (arXiv 1904.09751), and the log-probabilities that are told stay
+those of the whole distribution, as the trainer computes them: the ratio of both is 1 before the first update. Ignored
+is that the nucleus made its tokens likelier than that, and all others impossible.
+
+Left out: top-k and penalties.
 """
 
 from __future__ import annotations
@@ -63,10 +67,11 @@ class Remembering:
         self._kept.batch_select_indices(rows)
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Tokens [B] and their log-probabilities [B] fp32, on the CPU. logits [B, V]; uniform [B] fp64 in 0..1.
 
-    A temperature of 0 takes the likeliest token, and its log-probability at 1.
+    A temperature of 0 takes the likeliest token, and its log-probability at 1. Log-probabilities are of the whole
+    distribution, whatever `top_p` leaves of it.
     """
     log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -75,6 +80,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
         probabilities = log_probs.double().exp()
         if torch.are_deterministic_algorithms_enabled():  # a sum along a row is not deterministic on a GPU
             probabilities = probabilities.cpu()
+        if top_p < 1:
+            probabilities = nucleus(probabilities, top_p)
         below = probabilities.cumsum(dim=-1)
         wanted = uniform[:, None].to(below.device) * below[:, -1:]
         tokens = torch.searchsorted(below, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -84,6 +91,16 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
         hint = "The weights have diverged, or `temperature` is too small for these logits."
         raise LossError("the policy's logits are not finite: there is nothing to sample from", hint=hint)
     return tokens.cpu(), chosen
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """[B, V] without all but the smallest set of the likeliest tokens that have `top_p` or more together.
+
+    They are not divided by their sum. Of equally likely tokens the first ones are in the set.
+    """
+    ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones have together: nothing, of the first
+    return torch.zeros_like(probabilities).scatter(-1, places, ordered.where(before < top_p, 0.0))
 
 
 class Batch:
@@ -126,13 +143,14 @@ def sample(
     draws: Sequence[torch.Generator],
     most: int,
     temperature: float,
+    top_p: float = 1.0,
 ) -> Answers:
     """One answer for each condition, of at most `most` tokens, and no longer than fits into the model's `longest`.
 
     call: the network, or what stands in for it with another set of weights. draws: a generator for each row. Rows that
     share a condition, the very same object, share its first reading.
     """
-    limits = _limits(model, conditions, draws, most, temperature)
+    limits = _limits(model, conditions, draws, most, temperature, top_p)
     answers = Answers([[] for _ in conditions], [[] for _ in conditions], [False for _ in conditions])
     if not conditions:
         return answers
@@ -145,7 +163,7 @@ def sample(
     rows = list(range(len(conditions)))  # those that the batch holds
     going = set(rows)
     for step in range(max(limits)):
-        tokens, log_probs = choose(logits, uniform[rows, step], temperature)
+        tokens, log_probs = choose(logits, uniform[rows, step], temperature, top_p)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             if row not in going:
                 continue
@@ -170,6 +188,7 @@ def _limits(
     draws: Sequence[torch.Generator],
     most: int,
     temperature: float,
+    top_p: float,
 ) -> list[int]:
     """How many tokens each answer may have. A ValueError for what cannot be sampled."""
     if len(draws) != len(conditions):
@@ -178,6 +197,8 @@ def _limits(
         raise ValueError(f"an answer has one token at least: most must be 1 or more, not {most}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (the likeliest token) or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), not {top_p}")
     limits = [min(most, model.longest - len(one["ids"])) for one in conditions]
     if min(limits, default=1) < 1:
         longest = max(len(one["ids"]) for one in conditions)

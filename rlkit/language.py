@@ -16,7 +16,7 @@ from rlkit import decoding, tokens
 from rlkit.errors import RecipeError
 from rlkit.resources import Resources
 from rlkit.shelf import Conditions, Shelf
-from rlkit.types import TokenModel
+from rlkit.types import Prompt, TokenModel
 from rlkit.weights import ADAPTER, Lora, Sets, Tensors, Weights
 
 
@@ -41,6 +41,12 @@ class TokenSet:
             net = policy.net if self._name == "current" else policy.stand_in(self._name)
             logits = policy.model.logits(net, ids, there, batch)
         return tokens.log_probs(logits, ids, temperature) * there
+
+    def read(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """The ids [P] of all that stands before the next answer to each; their keys are then known."""
+        conditions = self._policy.conditions
+        conditions.encode(prompts)
+        return [conditions.of(prompt.key)["ids"] for prompt in prompts]
 
 
 class LanguagePolicy(Weights):
@@ -72,16 +78,22 @@ class LanguagePolicy(Weights):
 
     @torch.no_grad()
     def answer(
-        self, keys: Sequence[str], draws: Sequence[torch.Generator], most: int, temperature: float, name: str
+        self,
+        keys: Sequence[str],
+        draws: Sequence[torch.Generator],
+        most: int,
+        temperature: float,
+        name: str,
+        top_p: float = 1.0,
     ) -> decoding.Answers:
         """One answer to each prompt, by its key, of at most `most` tokens, by a set of the weights.
 
-        draws: the randomness of each, which nothing else depends on.
+        draws: the randomness of each, which nothing else depends on. top_p: see `decoding`.
         """
         conditions = [self.conditions.of(key) for key in keys]
         net = self.net if name == "current" else self.stand_in(name)
         with self.autocast():
-            found = decoding.sample(self.model, net, conditions, draws, most, temperature)
+            found = decoding.sample(self.model, net, conditions, draws, most, temperature, top_p)
         self.calls += sum(len(ids) for ids in found.ids)
         return found
 

@@ -5,6 +5,9 @@ SHA-256 of all that it depends on: the backbone with its options, the state of t
 of the libraries that encode, and the prompt's own key. A file is written under another name and renamed, so that it is
 there whole or not at all; two processes that write the same one write the same bytes. What cannot be read is encoded
 again.
+
+Conversations are passing: what stands in them is drawn anew at every step. They stay in memory until they are let go
+of, all at once, and never get onto the shelf.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class Conditions:
         self._shelf = shelf
         self._limit = limit
         self._known: dict[str, Condition] = {}  # the one used last is the last one
+        self._passing: dict[str, Condition] = {}  # conversations; no limit takes them, for nothing brings them back
         self._encoded: set[str] = set()  # also what is on the shelf alone
         self._twins: dict[str, str] = {}
 
@@ -73,22 +77,34 @@ class Conditions:
             if self.negative is not None:
                 told.append(replace(prompt, text=self.negative))  # the same pictures: only the words are untold
                 self._twins[prompt.key] = told[1].key
-            new |= {one.key: one for one in told if one.key not in self._encoded and not self._read(one.key)}
+            new |= {one.key: one for one in told if not self._has(one)}
         if new:
             with self._near():
                 for key, prompt in new.items():  # one by one: beside others its last bits would depend on them
                     (condition,) = self._model_at(prompt.size).encode([prompt])
+                    if _passes(prompt):
+                        self._passing[key] = condition
+                        self._encoded.add(key)
+                        continue
                     if self._shelf:
                         self._shelf.put(key, condition)
                     self._remember(key, condition)
 
     def forget(self, prompts: Iterable[Prompt]) -> None:
-        """Let go of those that came with pictures, where new pictures are drawn without an end."""
+        """Let go of those that came with pictures, where new ones are drawn without an end, and of conversations."""
         for prompt in prompts:
-            if prompt.source is not None or prompt.references:
+            if prompt.source is not None or prompt.references or _passes(prompt):
                 for key in (prompt.key, self._twins.pop(prompt.key, "")):
                     self._known.pop(key, None)
+                    self._passing.pop(key, None)
                     self._encoded.discard(key)
+
+    def forget_conversations(self) -> None:
+        """Let go of every prompt with turns or a `system` of its own, once nothing learns from it any more."""
+        self._encoded -= self._passing.keys()
+        for key in self._passing:
+            self._twins.pop(key, None)
+        self._passing.clear()
 
     def untold(self, keys: Sequence[str]) -> list[str]:
         """The keys of their twins."""
@@ -103,6 +119,8 @@ class Conditions:
 
     def of(self, key: str) -> Condition:
         """The condition of a prompt that was encoded before: the very same object each time, while it is in memory."""
+        if key in self._passing:
+            return self._passing[key]
         if key not in self._known:
             if key not in self._encoded:
                 raise KeyError(key)
@@ -113,6 +131,10 @@ class Conditions:
         condition = self._known[key]
         self._remember(key, condition)
         return condition
+
+    def _has(self, prompt: Prompt) -> bool:
+        """Whether it need not be encoded."""
+        return prompt.key in self._encoded or (not _passes(prompt) and self._read(prompt.key))
 
     def _read(self, key: str) -> bool:
         """Whether the shelf has it; it is then in memory."""
@@ -127,6 +149,10 @@ class Conditions:
         self._encoded.add(key)
         while self._limit is not None and len(self._known) > self._limit:
             del self._known[next(iter(self._known))]
+
+
+def _passes(prompt: Prompt) -> bool:
+    return bool(prompt.turns or prompt.system)
 
 
 class Shelf:

@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rlkit.episodes import Episode, Turn
+
 State = dict[str, Any]
 """What an algorithm remembers between steps: tensors and json values. It is saved in every checkpoint."""
 
@@ -38,6 +40,10 @@ class Prompt:
     # Where a policy wrote this text: what it was asked, and the token ids of its answer.
     asked: Prompt | None = field(default=None, compare=False, repr=False)
     answer: tuple[int, ...] = ()
+    # A conversation: what a language model is told to be, in the place of its backbone's `system`, and what it has
+    # written and been told so far. It writes next.
+    system: str = ""
+    turns: tuple[Turn, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
@@ -46,13 +52,26 @@ class Prompt:
             return hashlib.sha256(repr((self.asked.key, self.answer)).encode()).hexdigest()
         pictures = (*([] if self.source is None else [self.source]), *self.references)
         sized = "" if self.size is None else f"\n{self.size[0]}x{self.size[1]}"
+        spoken = f"\n{self._conversation()}" if self.system or self.turns else ""
         if not pictures:
-            return self.text + sized
+            return self.text + sized + spoken
         digest = hashlib.sha256(b"source" if self.source is not None else b"")
         for one in pictures:
-            digest.update(repr(tuple(one.shape)).encode())
-            digest.update((one.detach().cpu() * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
-        return f"{self.text}\n{digest.hexdigest()}{sized}"
+            _digest_picture(digest, one)
+        return f"{self.text}\n{digest.hexdigest()}{sized}{spoken}"
+
+    def _conversation(self) -> str:
+        digest = hashlib.sha256(repr((self.system, [(one.answer, one.reply) for one in self.turns])).encode())
+        for number, turn in enumerate(self.turns):
+            for one in turn.pictures:
+                digest.update(f"turn {number}".encode())
+                _digest_picture(digest, one)
+        return digest.hexdigest()
+
+
+def _digest_picture(digest: Any, picture: Tensor) -> None:
+    digest.update(repr(tuple(picture.shape)).encode())
+    digest.update((picture.detach().cpu() * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -187,6 +206,7 @@ class Samples:
     tokens: Tokens | None = None
     texts: tuple[str, ...] = ()  # [N] the answers of a token policy
     shots: Samples | None = None  # [N * k] k pictures of each sample, neighbours, whose scores are averaged
+    episodes: tuple[Episode, ...] = ()  # [N] what an agent did before its answer, whose gen_prompt `texts` then holds
     refilled: int = 0  # groups of the step, over all processes, that were too old and were sampled again
 
     @property
@@ -212,6 +232,7 @@ class Samples:
             preference=None if self.preference is None else self.preference[positions],
             tokens=None if self.tokens is None else self.tokens.select(positions),
             texts=tuple(self.texts[i] for i in positions.tolist()) if self.texts else (),
+            episodes=tuple(self.episodes[i] for i in positions.tolist()) if self.episodes else (),
             path=None,
             previews=None,
             preview_of=None,
@@ -402,6 +423,10 @@ class TokenPolicy(Protocol):
         ids [B, L] int64, padded at the end; length [B]; cond: B keys, for the pictures of the prompts.
         """
 
+    def read(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """The ids [P] of all that stands before the next answer to each; their keys are then known. DataError for one
+        that is too long."""
+
 
 class VelocityModel(Protocol):
     """One set of a flow policy's weights, as a callable."""
@@ -520,7 +545,8 @@ class TokenModel:
     net: nn.Module
     # (net, ids [B, L], there [B, L] bool, batched condition) -> logits [B, L, V]; those at i are for token i + 1.
     logits: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-    encode: Callable[[Sequence[Prompt]], list[Condition]]  # "ids" [P]: all that stands before the answer; pictures
+    # "ids" [P]: all that stands before the next answer, the turns of a conversation among it; and pictures.
+    encode: Callable[[Sequence[Prompt]], list[Condition]]
     decode: Callable[[Sequence[Sequence[int]]], list[str]]  # answers as texts, without the tokens that end them
     ends: tuple[int, ...]  # tokens that end an answer
     longest: int  # tokens of a prompt and its answer
@@ -528,6 +554,7 @@ class TokenModel:
     collate: Callable[[Sequence[Condition]], Condition]  # conditions of one batch; what `logits` is given
     write: Callable[[Path_], None]  # all but the weights (configuration, tokenizer, processor), for others to load
     unread: Callable[[str], list[str]] = lambda text: []
+    spell: Callable[[str], list[int]] | None = None  # an answer as its ids, the token that ends it included
     picture: int | None = None  # the token that pictures fill; None: it sees none
     # (net, ids [B, L], there [B, L] bool, batched condition, layer) -> states [B, L, H]: those of a layer, 0 being what
     # the first one is given, pictures among it, and -1 the last, normed. None: it does not tell.

@@ -33,6 +33,8 @@ class Local:
     batch: int | None = None  # pictures, or answers, in one forward pass; None: all
     most: int = 64  # tokens of an answer, of a token policy
     temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too
+    # Answers are sampled from the likeliest tokens alone, those that have this share together. Training does not know.
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -44,10 +46,12 @@ class Local:
         if not self.temperature > 0:
             what = f"temperature must be above 0, not {self.temperature}: greedy choices have no density"
             raise ValueError(what)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), not {self.top_p}")
 
     def start(self, policy: Policy | LanguagePolicy, processes: Processes) -> LocalRollout | Writing:
         if isinstance(policy, LanguagePolicy):
-            return Writing(policy, processes, self.most, self.temperature, self.batch)
+            return Writing(policy, processes, self.most, self.temperature, self.batch, self.top_p)
         return LocalRollout(self, policy, processes)
 
 

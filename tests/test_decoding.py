@@ -301,6 +301,9 @@ def test_no_prompts_are_no_answers(load: Callable[[str], TokenModel]) -> None:
         ({"temperature": -0.1}, "temperature must be 0 .* or more, not -0.1"),
         ({"temperature": math.nan}, "temperature must be 0"),
         ({"temperature": math.inf}, "temperature must be 0"),
+        ({"top_p": 0.0}, r"top_p must be above 0 and at most 1 \(all tokens\), not 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0"),
+        ({"top_p": math.nan}, "top_p must be above 0"),
     ],
 )
 def test_what_can_not_be_sampled_is_refused(

@@ -9,6 +9,7 @@ import torch
 from making import told
 
 from rlkit import recipe, session
+from rlkit.episodes import Turn
 from rlkit.errors import DataError
 from rlkit.policy import Policy
 from rlkit.shelf import Conditions, Shelf
@@ -83,6 +84,52 @@ def test_a_recipe_names_the_folder(kept: bool, small_backbone: Path, tmp_path: P
     policy = session.load_policy(recipe.read("quickstart", words))
     policy.conditions.encode(told(["a red circle"]))
     assert len(list(tmp_path.rglob("*.safetensors"))) == kept
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+TALK = Prompt(0, "a", turns=(Turn((1, 2), "go on"),))
+TOLD = Prompt(0, "a", system="Use tools.")
+
+
+def test_conversations_stay_until_they_are_let_go_of(toy_policy: Policy, tmp_path: Path) -> None:
+    asked: list[str] = []
+    few = conditions(toy_policy, asked, shelf(tmp_path), limit=1)
+    few.encode([TALK, TOLD, *told("abc")])
+    assert asked == ["a", "a", "a", "b", "c"], "with turns, with a system of its own, and alone"
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3, "they never get onto the shelf"
+    few.encode([TALK, TOLD])
+    assert len(asked) == 5
+    assert few.of(TALK.key) is few.of(TALK.key)
+    few.batch([TALK.key, TOLD.key, "a", "b"])
+    assert list(few._known) == ["b"], "the limit is of the others"
+    few.forget_conversations()
+    for one in (TALK, TOLD):
+        with pytest.raises(KeyError):
+            few.of(one.key)
+    few.batch(["a", "b", "c"])
+    few.encode([TALK, *told("abc")])
+    assert asked == ["a", "a", "a", "b", "c", "a"], "they are encoded anew, and the others are not"
+
+
+def test_conversations_do_not_pile_up(toy_policy: Policy) -> None:
+    kept = Conditions(lambda size: toy_policy.model, negative="")
+    kept.encode(told("a"))
+    for step in range(3):
+        kept.forget_conversations()
+        kept.encode([replace(TALK, text=f"{step}"), replace(TALK, turns=(Turn((step,), "no"),))])
+    assert [len(one) for one in (kept._passing, kept._known, kept._encoded, kept._twins)] == [4, 2, 6, 3]
+    assert len(kept.untold(["a"])) == 1
+
+
+def test_one_conversation_can_be_let_go_of(toy_policy: Policy) -> None:
+    kept = Conditions(lambda size: toy_policy.model)
+    kept.encode([TALK, TOLD])
+    kept.forget([TALK])
+    kept.of(TOLD.key)
+    with pytest.raises(KeyError):
+        kept.of(TALK.key)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

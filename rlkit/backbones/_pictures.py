@@ -33,6 +33,17 @@ def of_prompt(prompt: Prompt, least: int, most: int) -> list[Any]:
     return [to_pil(one) for one in found]
 
 
+def of_conversation(prompt: Prompt, most: int) -> list[Any]:
+    """A prompt's pictures, then those that its turns show, as PIL pictures. A DataError for more than `most`."""
+    own = of_prompt(prompt, 0, most)
+    shown = [one for turn in prompt.turns for one in turn.pictures]
+    if len(own) + len(shown) > most:
+        what = f"the conversation about {prompt.text!r} shows {len(own) + len(shown)} pictures"
+        where, hint = f"prompt {prompt.id}", "Let its tools show fewer, or let it end after fewer turns."
+        raise DataError(f"{what}, and this backbone reads {most} at most", where=where, hint=hint)
+    return own + [to_pil(one) for one in shown]
+
+
 def columns(
     latents: Sequence[Tensor], tokens_of: Callable[[Tensor], Tensor], empty: Tensor, side: int = 2
 ) -> dict[str, Tensor]:

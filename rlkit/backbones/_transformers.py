@@ -34,6 +34,7 @@ FILES = (  # all but the weights
 )
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 END = "<|im_end|>"
+ANSWER = "\ue000"  # of private use: it stands for an answer where a chat's template is asked what comes behind one
 
 
 # ---- a folder --------------------------------------------------------------------------------------------------------
@@ -192,6 +193,31 @@ def chat(tokenizer: Any, system: str, content: Any, **options: Any) -> str:
     return text
 
 
+def following(tokenizer: Any, content: Any, **options: Any) -> str:
+    """What stands between an answer and the next one: the end of its turn, what the user says to it, and the beginning
+    of the next. Of the checkpoint's own template; no answer changes it, nor what came before."""
+    messages = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": content},
+    ]
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    _, found, behind = text.partition(ANSWER)
+    if not found:
+        hint = "A conversation of several turns needs a template that does."
+        raise RecipeError("the chat template does not write what the model answered", where=WHERE, hint=hint)
+    return behind
+
+
+def joined(answer: Sequence[int], behind: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """An answer as it was sampled, and what stands between it and the next. The token that ends its turn is there once:
+    the answer's own, or where a limit or another token ended the answer, that of the template."""
+    for place, token in enumerate(behind):
+        if token in ends:
+            return [*answer, *behind[place + 1 if [*answer[-1:]] == [token] else 0 :]]
+    return [*answer, *behind]
+
+
 def room(ids: Sequence[int], longest: int, prompt: int, hint: str = "") -> torch.Tensor:
     """[P] int64, once there is room for an answer behind it."""
     if len(ids) >= longest:
@@ -208,6 +234,16 @@ def texts(tokenizer: Any) -> Callable[[Sequence[Sequence[int]]], list[str]]:
         return [tokenizer.decode(list(one), skip_special_tokens=True) for one in answers]
 
     return decode
+
+
+def spelling(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What an answer says -> its ids and the token that ends it. Special marks in it are left out, as in a prompt."""
+    end = tokenizer.convert_tokens_to_ids(END) if END in tokenizer.get_vocab() else tokenizer.eos_token_id
+
+    def spell(text: str) -> list[int]:
+        return [*tokenizer(unmarked(tokenizer, text), add_special_tokens=False).input_ids, end]
+
+    return spell
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

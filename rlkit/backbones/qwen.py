@@ -1,7 +1,9 @@
 """Qwen2, Qwen2.5 (arXiv 2412.15115) and Qwen3 (arXiv 2505.09388): language models that answer a prompt.
 
 A prompt is a turn of the user in the chat template of the checkpoint. An answer ends with the token that ends a turn,
-or a text. Qwen3 thinks before it answers unless it is told not to; the others do not know of it.
+or a text. Qwen3 thinks before it answers unless it is told not to; the others do not know of it. In a conversation it
+goes on from all that it has written, thoughts included. It sees no pictures: of those that come with a reply it reads
+what the reply says of them.
 """
 
 from __future__ import annotations
@@ -68,27 +70,34 @@ class Qwen:
         folder = shared.opened(self.path, self.revision, self.model_types)
         tokenizer = folder.tokenizer()
         net = folder.net(CLASSES, self.longest, device, dtype)
+        ends = shared.ends(net, tokenizer)
 
-        def encode(prompts: Sequence[Prompt]) -> list[Condition]:
-            encoded: list[Condition] = []
-            for prompt in prompts:
-                words = shared.unmarked(tokenizer, prompt.text)
-                text = shared.chat(tokenizer, self.system, words, enable_thinking=self.thinking)
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                encoded.append({"ids": shared.room(ids, self.longest, prompt.id)})
-            return encoded
+        def read(text: str) -> list[int]:
+            found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+            return found
+
+        def encode(prompt: Prompt) -> Condition:
+            system, words = (shared.unmarked(tokenizer, one) for one in (prompt.system, prompt.text))
+            ids = read(shared.chat(tokenizer, system or self.system, words, enable_thinking=self.thinking))
+            for turn in prompt.turns:
+                reply = shared.unmarked(tokenizer, turn.reply)
+                behind = read(shared.following(tokenizer, reply, enable_thinking=self.thinking))
+                ids += shared.joined(turn.answer, behind, ends)
+            hint = ", or let the conversation end after fewer turns" if prompt.turns else ""
+            return {"ids": shared.room(ids, self.longest, prompt.id, hint)}
 
         return TokenModel(
             net=net,
             logits=logits,
             hidden=hidden,
-            encode=encode,
+            encode=lambda prompts: [encode(prompt) for prompt in prompts],
             decode=shared.texts(tokenizer),
-            ends=shared.ends(net, tokenizer),
+            ends=ends,
             longest=self.longest,
             lora_targets=shared.LAYERS,
             collate=collate,
             write=folder.write,
             unread=lambda text: shared.marks(tokenizer, text),
+            spell=shared.spelling(tokenizer),
             tasks=self.tasks,
         )

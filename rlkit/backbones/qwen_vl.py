@@ -4,7 +4,7 @@ A prompt's pictures, its source and then its references, stand before the words 
 tokens as the vision tower makes of it: one for 28 x 28 pixels, or 32 x 32. Its tokens have rows and columns as
 positions, and the words behind go on where the longer side ends (multimodal rotary positions, M-RoPE). Positions are
 computed once, with the prompt, and given with every call. Pictures are made ready by PIL, as they were in training, so
-that no torchvision is needed.
+that no torchvision is needed. Pictures that come with a reply stand before its words, in the same way.
 
 An answer cannot hold the mark that stands for a picture: there is none behind it. Its logit is so low that nothing
 samples it, in a rollout and in training alike (vLLM is told so with each request, by `TokenModel.picture`). Marks of
@@ -39,7 +39,7 @@ CLASSES = {
 }
 MARK = "<|image_pad|>"
 NEVER = -1e4  # a logit: its probability is 0, and 0 times its logarithm is 0, which it is not for minus infinity
-MOST = 16  # pictures of a prompt
+MOST = 16  # pictures of a prompt, those of its turns among them
 
 
 def positions(there: Tensor, cond: Condition) -> Tensor:
@@ -146,10 +146,11 @@ class QwenVL:
         if tokenizer.convert_tokens_to_ids(MARK) != mark:
             raise RecipeError(f"{self.path} is not whole: its tokenizer has no {MARK}", where=shared.WHERE)
         bring_pictures(net.model.visual)
+        ends = shared.ends(net, tokenizer)
 
         def seen(prompt: Prompt) -> tuple[Tensor, Tensor]:
-            """Pixels [n, D] and grids [K, 3] of a prompt's pictures."""
-            found = _pictures.of_prompt(prompt, 0, MOST)
+            """Pixels [n, D] and grids [K, 3] of a prompt's pictures and of those of its turns."""
+            found = _pictures.of_conversation(prompt, MOST)
             if not found:
                 width = 3 * ready.temporal_patch_size * ready.patch_size**2
                 return torch.zeros(0, width, dtype=dtype), torch.zeros(0, 3, dtype=torch.int64)
@@ -159,22 +160,39 @@ class QwenVL:
                 raise DataError(str(error), where=f"prompt {prompt.id}") from error
             return made["pixel_values"].to(dtype), made["image_grid_thw"]
 
-        def read(prompt: Prompt) -> Condition:
-            pixels, grids = seen(prompt)
-            words = shared.unmarked(tokenizer, prompt.text)
-            content: Any = words
-            if len(grids):
-                told = {"type": "text", "text": self.instruction.replace("{prompt}", words)}
-                content = [*({"type": "image"} for _ in grids), told]
-            first, *rest = shared.chat(tokenizer, self.system, content).split(MARK)
+        def spread(text: str, grids: Tensor) -> list[int]:
+            """The ids of a piece of chat, each picture's mark as often as the tower makes tokens of it."""
+            first, *rest = text.split(MARK)
             if len(rest) != len(grids):
                 what = f"the chat shows {len(rest)} pictures in the place of {len(grids)}"
                 hint = f"Its template has to write {MARK} for each; `system` and `instruction` may not."
                 raise RecipeError(what, where="policy.backbone", hint=hint)
             counts = [int(grid.prod()) // ready.merge_size**2 for grid in grids]
             text = first + "".join(MARK * count + more for count, more in zip(counts, rest, strict=True))
-            hint = ", or lower policy.backbone.pixels" if counts else ""
-            ids = shared.room(tokenizer(text, add_special_tokens=False).input_ids, self.longest, prompt.id, hint)
+            found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+            return found
+
+        def written(prompt: Prompt, grids: Tensor) -> list[int]:
+            """The ids of a conversation that shows pictures of these grids [K, 3]."""
+            system, words = (shared.unmarked(tokenizer, one) for one in (prompt.system, prompt.text))
+            turns = [len(turn.pictures) for turn in prompt.turns]
+            own, *shown = grids.split([len(grids) - sum(turns), *turns])
+            words = self.instruction.replace("{prompt}", words) if len(own) else words
+            ids = spread(shared.chat(tokenizer, system or self.system, said(words, len(own))), own)
+            for turn, theirs in zip(prompt.turns, shown, strict=True):
+                if mark in turn.answer:
+                    what = f"an answer in the conversation about {prompt.text!r} holds {MARK}, and no picture"
+                    raise DataError(what, where=f"prompt {prompt.id}", hint="Take it out of the answer.")
+                reply = said(shared.unmarked(tokenizer, turn.reply), len(theirs))
+                behind = spread(shared.following(tokenizer, reply), theirs)
+                ids += shared.joined(turn.answer, behind, ends)
+            return ids
+
+        def read(prompt: Prompt) -> Condition:
+            pixels, grids = seen(prompt)
+            hint = ", or lower policy.backbone.pixels" if len(grids) else ""
+            hint += ", or let the conversation end after fewer turns" if prompt.turns else ""
+            ids = shared.room(written(prompt, grids), self.longest, prompt.id, hint)
             kinds = (ids == mark).int()[None]
             at, _ = net.model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grids)  # [3, 1, P]
             return {"ids": ids, "pixels": pixels, "grids": grids, "positions": at[:, 0].T.contiguous()}
@@ -185,7 +203,7 @@ class QwenVL:
 
         def at_size(prompt: Prompt, condition: Condition) -> tuple[Tensor, ...]:
             """Enlarged or made smaller as `ready` does it: another's resizing may round otherwise."""
-            found = _pictures.of_prompt(prompt, 0, MOST)
+            found = _pictures.of_conversation(prompt, MOST)
             sides = [(int(grid[2]) * ready.patch_size, int(grid[1]) * ready.patch_size) for grid in condition["grids"]]
             resized = [one.resize(size, ready.resample) for one, size in zip(found, sides, strict=True)]
             return tuple(from_pil(one) for one in resized)
@@ -202,16 +220,22 @@ class QwenVL:
             bare=bare,
             encode=lambda prompts: [read(prompt) for prompt in prompts],
             decode=shared.texts(tokenizer),
-            ends=shared.ends(net, tokenizer),
+            ends=ends,
             longest=self.longest,
             lora_targets=words_layers(net),
             collate=collate,
             write=write,
             unread=lambda text: shared.marks(tokenizer, text),
+            spell=shared.spelling(tokenizer),
             picture=mark,
             pictures=at_size,
             tasks=self.tasks,
         )
+
+
+def said(words: str, pictures: int) -> Any:
+    """What a turn of the user holds, as a chat's template takes it: pictures first, then words."""
+    return [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": words}] if pictures else words
 
 
 def say_interleaved(file: Path) -> None:
