@@ -1,4 +1,4 @@
-"""Finds entries by name: rewards, algorithms, backbones, rollouts; and recipes, which are files.
+"""Finds entries by name: rewards, algorithms, backbones, rollouts, tools; and recipes, which are files.
 
 A built-in is a file: `ocr.py` in the folder of rewards is the reward `ocr`, and its class is the one called OCR (any
 capitals, no underscores). Third parties add entries with an entry point in the group `rlkit.rewards` and so on, and a
@@ -29,7 +29,7 @@ from typing import Any
 
 from rlkit.errors import PluginError, RecipeError, RlkitError, nearest
 
-KINDS = ("rewards", "algorithms", "backbones", "rollouts")
+KINDS = ("rewards", "algorithms", "backbones", "rollouts", "tools")
 DISTRIBUTION = "rlkit-visual"
 
 

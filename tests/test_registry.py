@@ -133,7 +133,8 @@ def test_describing_imports_no_entry_and_no_torch():
 
 def test_an_unknown_catalogue():
     assert message(registry.names, "reward") == (
-        "there is no catalogue 'reward'. Did you mean 'rewards'? Catalogues: rewards, algorithms, backbones, rollouts."
+        "there is no catalogue 'reward'. Did you mean 'rewards'? "
+        "Catalogues: rewards, algorithms, backbones, rollouts, tools."
     )
 
 

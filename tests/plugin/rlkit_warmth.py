@@ -1,6 +1,7 @@
-"""A reward in a package of its own."""
+"""A reward and a tool in a package of their own."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -26,3 +27,8 @@ class Warmth:
             return difference.mean((1, 2))
         vivid = (samples.media.amax(1) - samples.media.amin(1) > 0.2).float()
         return (difference * vivid).sum((1, 2)) / vivid.sum((1, 2)).clamp(min=1)
+
+
+def colour_of(temperature: Literal["cold", "mild", "warm"]) -> str:
+    """Which colour a temperature is painted in."""
+    return {"cold": "blue", "mild": "green", "warm": "red"}[temperature]

@@ -1,0 +1,1 @@
+"""The catalogue of tools that an agent calls: one file per entry."""
