@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from rlkit.embedding import unscorable_pictures
 from rlkit.world.obeys import Asked, check_asked
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Composition:
     caption gives: what the source was drawn from, so that a picture which repeats the source is true.
 
     Returns (values [N], {"strict": [N], "graded": [N]}); NaN, that is not scored, where a prompt asks for
-    nothing of this world.
+    nothing of this world, or the picture's pixels are not all finite.
     """
 
     score: str = "mixed"
@@ -60,6 +61,8 @@ class Composition:
         asked = [_asked(prompt) if self.by == "prompt" else _shown(prompt) for prompt in samples.prompts]
         images = samples.media.detach().to("cpu", torch.float32).numpy()
         verdicts = check_asked(images, asked)
+        for row in unscorable_pictures(samples.media):
+            verdicts[row] = None
         strict = torch.tensor([math.nan if one is None else one.strict for one in verdicts])
         graded = torch.tensor([math.nan if one is None else one.graded for one in verdicts])
         values = {"strict": strict, "graded": graded, "mixed": (strict + graded) / 2}[self.score]

@@ -18,13 +18,14 @@ import torch
 from rlkit import registry
 from rlkit.epochs import Choices, Listed, PromptBatch, Prompts, Size, Source, check_counts, listed
 from rlkit.errors import RecipeError, nearest
+from rlkit.experience import Bundle, told
 from rlkit.mixture import Mixed
 from rlkit.pairs import HALVES, read_pairs
 from rlkit.picture_files import Picture, Unread
 from rlkit.picture_folders import metadata_file, read_folder
 from rlkit.tables import check_columns, first_columns, given, hub_columns, load_table, read_prompts, read_table
 from rlkit.types import Prompt, seed_of
-from rlkit.world import grammar, instructions, scenes
+from rlkit.world import atlas, grammar, instructions, scenes
 
 __all__ = [  # the entries, and what other rooms need to go with them
     "DATA",
@@ -48,18 +49,26 @@ class WorldPrompts:
 
     t2i: captions. edit: a source picture and what to change in it. in_context: one or two references, and a scene to
     put them into. caption: a picture, for a policy that writes; what it was drawn from is its metadata `caption`.
+    agent: what only the atlas knows the look of; metadata `caption` is the truth, `script` what a teacher writes.
     """
 
     per_step: int  # prompts a step
     group: int  # pictures a prompt
-    task: Literal["t2i", "edit", "in_context", "caption"] = "t2i"
+    task: Literal["t2i", "edit", "in_context", "caption", "agent"] = "t2i"
     kinds: tuple[str, ...] | None = None  # trained on, by the world's weights; None: all
     split: Literal["train", "validation"] = "train"  # never the held-out one
     held_out_split: Literal["held_out", "validation"] = "held_out"  # "validation" is for tuning
+    flawed: float = 0.0  # task agent: how much of the flaws there is in scripts that no experience helps, 0..1
+    experience: float = 0.0  # task agent: the share of prompts whose system text says what helps
 
     def __post_init__(self) -> None:
         check_counts(self.per_step, self.group)
-        known = grammar.KINDS if self.task == "caption" else instructions.kinds(self.task)
+        for name, share in (("flawed", self.flawed), ("experience", self.experience)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be a share from 0 to 1, not {share}")
+            if share and self.task != "agent":
+                raise ValueError(f"{name} is for the task agent, not {self.task}: leave it out, or set task: agent")
+        known = {"caption": grammar.KINDS, "agent": atlas.KINDS}.get(self.task) or instructions.kinds(self.task)
         for kind in self.kinds or ():
             if kind not in known:
                 what = "caption" if self.task == "t2i" else f"the task {self.task}"
@@ -67,20 +76,21 @@ class WorldPrompts:
 
     @property
     def gives(self) -> tuple[str, ...]:
-        shown = {"t2i": (), "edit": ("source",), "in_context": ("references",), "caption": ("source",)}
-        return ("prompt", "metadata", *shown[self.task])
+        own = {"edit": ("source",), "in_context": ("references",), "caption": ("source",), "agent": ("demonstration",)}
+        return ("prompt", "metadata", *own.get(self.task, ()))
 
     def open(self) -> Source:
         return self
 
     def draw(self, seed: int, stage: str, step: int) -> PromptBatch:
         rng = np.random.default_rng(seed_of(seed, stage, step, "prompts"))
-        if self.task == "caption":
-            drawn = instructions.draw("t2i", self.split, self.per_step, rng, self.kinds or ())
-            return PromptBatch(tuple(_pictured(example) for example in drawn), self.group)
+        if self.task == "agent":
+            asked = atlas.draw(self.split, self.per_step, rng, self.kinds or ())
+            return PromptBatch(tuple(_taught(one, rng, self) for one in asked), self.group)
         if self.task != "t2i":
-            examples = instructions.draw(self.task, self.split, self.per_step, rng, self.kinds or ())
-            return PromptBatch(tuple(_instruction(example) for example in examples), self.group)
+            task, made = ("t2i", _pictured) if self.task == "caption" else (self.task, _instruction)
+            examples = instructions.draw(task, self.split, self.per_step, rng, self.kinds or ())
+            return PromptBatch(tuple(made(example) for example in examples), self.group)
         captions = grammar.draw(self.split, self.per_step, rng)
         if self.kinds:
             weights = np.array([grammar.KINDS[kind] for kind in self.kinds])
@@ -91,12 +101,11 @@ class WorldPrompts:
 
     def held_out(self, count: int) -> tuple[Prompt, ...]:
         """Of all kinds, whatever is trained on: leaving a hard one out must not flatter the score."""
-        if self.task == "caption":
-            panel = instructions.panel("t2i", self.held_out_split, count)
-            return tuple(_pictured(example) for example in panel)
+        if self.task == "agent":
+            return tuple(_request(one) for one in atlas.panel(self.held_out_split, count))
         if self.task != "t2i":
-            panel = instructions.panel(self.task, self.held_out_split, count)
-            return tuple(_instruction(example) for example in panel)
+            task, made = ("t2i", _pictured) if self.task == "caption" else (self.task, _instruction)
+            return tuple(made(example) for example in instructions.panel(task, self.held_out_split, count))
         return tuple(_prompt(caption) for caption in grammar.panel(self.held_out_split, count))
 
     def texts(self) -> tuple[str, ...]:
@@ -121,6 +130,19 @@ class WorldPrompts:
 
 def _prompt(caption: grammar.Caption) -> Prompt:
     return Prompt(id=seed_of(caption.text), text=caption.text, kind=caption.kind)
+
+
+def _request(asked: atlas.Request) -> Prompt:
+    known = {"caption": asked.caption.text, "subject": asked.subject, "style": asked.style}
+    return Prompt(id=seed_of(asked.text), text=asked.text, kind=asked.kind, metadata=known)
+
+
+def _taught(asked: atlas.Request, rng: np.random.Generator, data: WorldPrompts) -> Prompt:
+    """A request with what a teacher writes, and in its share with what experience says, which the teacher follows."""
+    helped = rng.random() < data.experience
+    prompt = replace(_request(asked), system=told(Bundle(**atlas.lesson(asked, rng))) if helped else "")
+    script = atlas.script(asked, rng, 0.0 if helped else data.flawed)
+    return replace(prompt, id=seed_of(prompt.key), metadata={**prompt.metadata, "script": script})
 
 
 def _pictured(example: instructions.Example) -> Prompt:

@@ -137,7 +137,9 @@ def first_columns(path: Path) -> list[str] | None:
 def given(columns: Columns, there: Sequence[str] | None) -> tuple[str, ...]:
     """What rewards may read. Of a file that is not there yet nothing is known, so nothing is denied."""
     known = [ours for ours in MORE if their_name(columns, ours) is not None]
-    return ("prompt", "metadata", *(one for one in known if there is None or their_name(columns, one) in there))
+    shown = there is None or not {"script", "messages"}.isdisjoint(there)
+    found = [one for one in known if there is None or their_name(columns, one) in there]
+    return ("prompt", "metadata", *found, *(("demonstration",) if shown else ()))
 
 
 def records_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -329,7 +329,7 @@ def test_what_a_hugging_face_data_set_gives(tmp_path: Path, word: str) -> None:
         rows.to_parquet(str(tmp_path / "a.parquet"))
     path = {"folder": str(tmp_path / "a"), "parquet": str(tmp_path / "a.parquet"), "remote": "owner/name"}[word]
     known = ("prompt", "metadata", "source", "references")
-    unknown = ("prompt", "metadata", "target_text", "source", "references")
+    unknown = ("prompt", "metadata", "target_text", "source", "references", "demonstration")
     assert HubPrompts(path, 1, 1, columns=columns).gives == (unknown if word == "remote" else known)
 
 
@@ -369,7 +369,8 @@ def test_a_hugging_face_data_set_with_pictures_and_another_split(tmp_path: Path)
 
 def test_what_a_file_gives_is_read_from_its_first_line_and_an_absent_one_denies_nothing(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    assert FilePrompts(str(file), 1, 1).gives == ("prompt", "metadata", "target_text", "source", "references")
+    everything = ("prompt", "metadata", "target_text", "source", "references", "demonstration")
+    assert FilePrompts(str(file), 1, 1).gives == everything
     file.write_text("a red circle\n")
     assert FilePrompts(str(file), 1, 1).gives == ("prompt", "metadata")
 

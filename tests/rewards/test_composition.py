@@ -1,5 +1,6 @@
 """The composition reward: what it returns, for which score, and what it leaves unscored."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -120,3 +121,12 @@ def test_instructions_are_judged_by_their_pictures(task: str) -> None:
     others = Composition("strict")(replace(samples, prompts=tuple(moved)))[0]
     assert others.nan_to_num(0).sum() <= 1
     assert Composition("strict")(samples_of(answers, [prompt.text for prompt in asked]))[0].isnan().all(), "no pictures"
+
+
+def test_a_picture_that_could_not_be_made_is_not_scored() -> None:
+    """A renderer that failed leaves NaN: a 0 would blame the policy."""
+    samples = made([TRUE, TRUE], [TRUE, TRUE])
+    samples.media[1] = math.nan
+    values, parts = Composition()(samples)
+    assert torch.isfinite(values).tolist() == [True, False]
+    assert torch.isfinite(parts["strict"]).tolist() == [True, False]
