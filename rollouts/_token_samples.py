@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkit.data import PromptBatch
 from rlkit.language import LanguagePolicy
-from rlkit.types import Context, Samples, Span, Tokens
+from rlkit.types import Context, Samples, Span, TokenModel, Tokens
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,48 @@ class Written:
     spans: tuple[Span, ...] = ()
 
 
-def tokens_of(prompts: Sequence[Tensor], answers: Sequence[Written], temperature: float) -> Tokens:
-    """The sequences of N answers behind their prompts' ids [P]. Every token of an answer was decided."""
-    prompt = torch.tensor([len(one) for one in prompts], dtype=torch.int64)
-    length = prompt + torch.tensor([len(one.ids) for one in answers], dtype=torch.int64)
-    longest = int(length.max()) if len(length) else 0
-    ids = torch.zeros(len(answers), longest, dtype=torch.int64)
-    log_prob = torch.zeros(len(answers), longest)
-    decided = torch.zeros(len(answers), longest, dtype=torch.bool)
-    for row, (before, answer) in enumerate(zip(prompts, answers, strict=True)):
-        start, end = int(prompt[row]), int(length[row])
-        ids[row, :start] = before.cpu()
-        ids[row, start:end] = torch.tensor(list(answer.ids), dtype=torch.int64)
-        log_prob[row, start:end] = torch.tensor(list(answer.log_probs))
-        decided[row, start:end] = True
+@dataclass(frozen=True)
+class Spoken:
+    """One conversation of a policy: its answers, each with how many tokens stand before it."""
+
+    before: Tensor  # [Q] ids of all that stands before the last answer
+    answers: tuple[tuple[int, Written], ...]  # the first behind the prompt alone
+    finished: bool
+
+
+def tokens_of(spoken: Sequence[Spoken], temperature: float) -> Tokens:
+    """The sequences of N conversations. The tokens of answers were decided; what was said in between was not."""
+    prompt = torch.tensor([one.answers[0][0] for one in spoken], dtype=torch.int64)
+    ends = [start + len(last.ids) for start, last in (one.answers[-1] for one in spoken)]
+    longest = max(ends, default=0)
+    ids = torch.zeros(len(spoken), longest, dtype=torch.int64)
+    log_prob = torch.zeros(len(spoken), longest)
+    decided = torch.zeros(len(spoken), longest, dtype=torch.bool)
+    for row, one in enumerate(spoken):
+        ids[row, : len(one.before)] = one.before.cpu()
+        for start, answer in one.answers:
+            end = start + len(answer.ids)
+            ids[row, start:end] = torch.tensor(list(answer.ids), dtype=torch.int64)
+            log_prob[row, start:end] = torch.tensor(list(answer.log_probs))
+            decided[row, start:end] = True
+    spans = tuple(_spans(one) for one in spoken)
     return Tokens(
         ids=ids,
-        length=length,
+        length=torch.tensor(ends, dtype=torch.int64),
         prompt=prompt,
         decided=decided,
         log_prob=log_prob,
-        finished=torch.tensor([one.finished for one in answers], dtype=torch.bool),
+        finished=torch.tensor([one.finished for one in spoken], dtype=torch.bool),
         temperature=temperature,
-        spans=tuple(one.spans for one in answers) if any(one.spans for one in answers) else (),
+        spans=spans if any(spans) else (),
     )
+
+
+def _spans(one: Spoken) -> tuple[Span, ...]:
+    """Those of all answers, counted from where the first begins."""
+    begin = one.answers[0][0]
+    placed = ((start - begin, span) for start, answer in one.answers for span in answer.spans)
+    return tuple(Span(span.version, span.start + shift, span.end + shift) for shift, span in placed)
 
 
 def samples_of(
@@ -61,8 +79,7 @@ def samples_of(
     """The samples of the step at these places [N], one answer each; the prompts are encoded."""
     asked = tuple(prompts.prompts[i // prompts.group] for i in index.tolist())
     before = [policy.conditions.of(prompt.key)["ids"] for prompt in asked]
-    ends = set(policy.model.ends)
-    said = [[token for token in one.ids if token not in ends] for one in written]
+    spoken = [Spoken(ids, ((len(ids), one),), one.finished) for ids, one in zip(before, written, strict=True)]
     return Samples(
         media=torch.zeros(len(index), 0),
         latents=torch.zeros(len(index), 0),
@@ -72,6 +89,12 @@ def samples_of(
         sample_id=context.step * len(prompts) + index,
         version=version,
         total=len(prompts),
-        tokens=tokens_of(before, written, temperature),
-        texts=tuple(policy.model.decode(said)) if said else (),
+        tokens=tokens_of(spoken, temperature),
+        texts=texts_of(policy.model, written),
     )
+
+
+def texts_of(model: TokenModel, written: Sequence[Written]) -> tuple[str, ...]:
+    """What answers say, without the tokens that end them."""
+    said = [[token for token in one.ids if token not in model.ends] for one in written]
+    return tuple(model.decode(said)) if said else ()

@@ -164,20 +164,39 @@ class VLLMRollout:
         share = self.processes.share(len(prompts))
         index = torch.arange(share.start, share.stop)
         self._prompt = prompts.prompts[(share or range(1))[0] // prompts.group]
-        pool, requests = self._ready(plan.policy_set, self._prompt), self._requests(prompts, context)
-        training = self.options.ahead > 0 and context.coming is not None
-        told = self._told_ahead(pool, requests, plan, context) if training else pool.map(requests)
-        written, refilled = [self._read(one) for one in told], 0
-        if training:
-            group, oldest = index // prompts.group, self.version - self.options.max_age
-            again, refilled = too_old(written, group, oldest, context.gather)
-            fresh = pool.map([requests[row] for row in again]) if again else []
-            for row, one in zip(again, fresh, strict=True):
-                written[row] = self._read(one)
-            self.policy.calls += sum(requests[row].most for row in again)
-        self.policy.calls += sum(one.most for one in requests)
+        pool = self._ready(plan.policy_set, self._prompt)
+        if self.options.ahead > 0 and context.coming is not None:
+            written, refilled = self._written_ahead(pool, prompts, index, plan, context)
+        else:
+            asked = [prompts.prompts[i // prompts.group] for i in share]
+            written, refilled = self.write(asked, [(i,) for i in share], plan, context), 0
         samples = samples_of(self.policy, prompts, index, written, self.options.temperature, self.version, context)
         return replace(samples, refilled=refilled)
+
+    def write(
+        self, prompts: Sequence[Prompt], places: Sequence[tuple[int, ...]], plan: Plan, context: Context
+    ) -> list[Written]:
+        """One answer to each prompt, whoever asks, now. Each has a seed of its own, keyed by its place."""
+        if not prompts:
+            return []
+        pool = self._ready(plan.policy_set, prompts[0])
+        requests = self._requests(prompts, places, context)
+        self.policy.calls += sum(one.most for one in requests)
+        return [self._read(one) for one in pool.map(requests)]
+
+    def _written_ahead(
+        self, pool: Pool, prompts: PromptBatch, index: Tensor, plan: Plan, context: Context
+    ) -> tuple[list[Written], int]:
+        """(the answers at these places [N] of the step, none of them too old; how many groups were asked for again)."""
+        requests = self._share(prompts, context)
+        written = [self._read(one) for one in self._told_ahead(pool, requests, plan, context)]
+        group, oldest = index // prompts.group, self.version - self.options.max_age
+        again, refilled = too_old(written, group, oldest, context.gather)
+        fresh = pool.map([requests[row] for row in again]) if again else []
+        for row, one in zip(again, fresh, strict=True):
+            written[row] = self._read(one)
+        self.policy.calls += sum(one.most for one in requests) + sum(requests[row].most for row in again)
+        return written, refilled
 
     def _told_ahead(self, pool: Pool, requests: Sequence[Request], plan: Plan, context: Context) -> Told:
         """What the workers say to the requests of this step, and those of the next ones are begun meanwhile."""
@@ -187,15 +206,21 @@ class VLLMRollout:
         for more in range(1, self.options.ahead + 1):
             coming = None if self._ahead.has(step + more, name) or context.coming is None else context.coming(more)
             if coming is not None and coming[1].policy_set == name:  # workers hold one set at a time
-                self._ahead.begin(step + more, pool, self._requests(coming[0], coming[2]), name)
+                self._ahead.begin(step + more, pool, self._share(coming[0], coming[2]), name)
         return self._ahead.take(step)
 
-    def _requests(self, prompts: PromptBatch, context: Context) -> list[Request]:
-        """One for each sample of this process's share of a step, each with a seed of its own."""
-        places = {i: prompts.prompts[i // prompts.group] for i in self.processes.share(len(prompts))}
-        self.policy.conditions.encode(places.values())
+    def _share(self, prompts: PromptBatch, context: Context) -> list[Request]:
+        """One for each sample of this process's share of a step."""
+        share = self.processes.share(len(prompts))
+        return self._requests([prompts.prompts[i // prompts.group] for i in share], [(i,) for i in share], context)
+
+    def _requests(
+        self, prompts: Sequence[Prompt], places: Sequence[tuple[int, ...]], context: Context
+    ) -> list[Request]:
+        """One for each prompt, each with a seed of its own."""
+        self.policy.conditions.encode(prompts)
         key = (context.seed, context.stage, context.step, "answer")
-        return [self._request(prompt, seed_of(*key, i)) for i, prompt in places.items()]
+        return [self._request(prompt, seed_of(*key, *at)) for prompt, at in zip(prompts, places, strict=True)]
 
     def _request(self, prompt: Prompt, seed: int) -> Request:
         model, condition = self.policy.model, self.policy.conditions.of(prompt.key)

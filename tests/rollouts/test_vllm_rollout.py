@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import conforms, tiny_llm
 
 from rlkit import registry
 from rlkit.data import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
+from rlkit.episodes import Call
 from rlkit.errors import RlkitError
 from rlkit.language import LanguagePolicy
+from rlkit.rollouts.agent import Agent
 from rlkit.rollouts.local import Local
 from rlkit.rollouts.vllm import VLLM, VLLMRollout
-from rlkit.types import Context, Plan, Samples, Span, TokenModel
+from rlkit.tooling import Observation, Toolbox
+from rlkit.types import Context, Plan, Prompt, Samples, Span, TokenModel
 from rlkit.weights import Lora
 
 CPU = torch.device("cpu")
@@ -125,6 +129,40 @@ class TestEngine:
         assert ours.tokens.prompt.tolist() == theirs.tokens.prompt.tolist()
         length = int(ours.tokens.prompt[0])
         assert torch.equal(ours.tokens.ids[:, :length], theirs.tokens.ids[:, :length])
+
+
+class TestAgent:
+    pytestmark = needs_vllm
+
+    def test_an_agents_turns_are_the_learners_own_with_pictures_in_between(self, tmp_path: Path) -> None:
+        """Each turn a request of its own: what stands before it goes as ids and as pictures, tools' words among it."""
+        model = tiny_llm.loaded(tiny_llm.save(tmp_path, "qwen2_5_vl"), 512, pixels=[1024, 96 * 96])
+        policy = LanguagePolicy(model, None, CPU, "fp32", 0)
+        rollout = Agent(writer={"name": "vllm", "most": 8}, turns=3, instructions="Be.").start(policy, Processes())
+        shown = (("a flag", conforms.picture("one", 60, 90)),)
+
+        def look() -> Observation:
+            """Shows a picture."""
+            return Observation("Found:", shown)
+
+        rollout.toolbox = Toolbox({"look": look})
+        rollout.toolbox.parse = lambda text: Call(text, "look")  # type: ignore[method-assign]
+        asked = PromptBatch((Prompt(0, "draw the flag"), Prompt(1, "an emblem")), 2)
+        try:
+            for version in range(2):
+                rollout.load({}, version)
+                samples = rollout.collect(asked, Plan(), Context(0, "main", version, 0, {}, Processes().gather))
+                assert [len(turn.pictures) for one in samples.prompts for turn in one.turns] == [1] * 8
+                assert apart(policy, samples) <= EXACT
+                tokens = samples.tokens
+                assert tokens is not None
+                assert {span.version for spans in tokens.spans for span in spans} == {version}
+                assert [sum(span.end - span.start for span in one) for one in tokens.spans] == tokens.decided.sum(
+                    1
+                ).tolist()
+                disturb(policy, 1)
+        finally:
+            rollout.close()
 
 
 # ---- without vLLM ----------------------------------------------------------------------------------------------------
