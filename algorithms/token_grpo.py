@@ -8,6 +8,7 @@ is one sequence, and its loss is made of its tokens' (eq. 3):
 Options that are papers of their own:
 
     GRPO                      aggregate: grpo, kl: 0.04, kl_form: k3
+    GenEvolve (2605.21605)    aggregate: sum, clip: 0.2, clip_high: 0.28, kl: 1.0e-3
     DAPO (2503.14476)         aggregate: dapo, clip: 0.2, clip_high: 0.28, mask_cut: true
     Dr. GRPO (2503.20783)     aggregate: dr_grpo, longest: the limit of an answer, advantage: no_std
     GSPO (2507.18071)         level: sequence; one ratio a sequence, the geometric mean of its tokens'
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from rlkit import advantage, tokens
-from rlkit.tokens import TokenRows
+from rlkit.tokens import R, TokenRows
 from rlkit.types import Algorithm, Context, Loss, Needs, Samples, Scores, TokenPolicy
 
 # Of the ratio. A sequence's is a mean of many log-ratios, and moves far less than one token's (GSPO, section 5.1).
@@ -50,7 +51,7 @@ class TokenGRPO(Algorithm):
     clip: float | None = None  # of the ratio, downwards; None: 0.2, or GSPO's 3e-4 with level: sequence
     clip_high: float | None = None  # upwards; None: as `clip`, or GSPO's 4e-4 where that is not given either
     level: Literal["token", "sequence"] = "token"  # of the ratio that is clipped
-    aggregate: Literal["grpo", "dapo", "dr_grpo"] | None = None  # None: dapo, or grpo with level: sequence
+    aggregate: Literal["grpo", "dapo", "dr_grpo", "sum"] | None = None  # None: dapo, or grpo with level: sequence
     longest: int | None = None  # tokens, what dr_grpo divides by: the limit of an answer
     mask_cut: bool = False  # leave out answers that a limit cut off
     importance: Literal["off", "truncate", "mask"] = "off"  # correct for the engine that sampled
@@ -104,16 +105,18 @@ class TokenGRPO(Algorithm):
             counted = counted & samples.tokens.finished
         return TokenRows.from_samples(samples, mine, counted)
 
-    def before(self, models: Any, rows: TokenRows, size: int) -> TokenRows:
+    def before(self, models: Any, rows: R, size: int) -> R:
         """The rows with the trainer's own log-probs, before the first update; `size` rows a forward pass."""
         return rows if self.importance == "off" else tokens.recomputed(rows, models.current, size)
 
     def loss(self, models: Any, rows: TokenRows) -> Loss:
         """models: sets of a token policy."""
         rows = rows.trimmed()
-        asked = (rows.ids, rows.length, rows.cond, float(rows.temperature))
         current: TokenPolicy = models.current
-        log_prob = tokens.decided_only(current.log_probs(*asked), rows.decided)  # [B, L]
+        return self.loss_of(tokens.decided_only(current.log_probs(*rows.asked), rows.decided), models, rows)
+
+    def loss_of(self, log_prob: Tensor, models: Any, rows: TokenRows) -> Loss:
+        """The loss where the current policy's log-probs [B, L] of trimmed rows are known, 0 where nobody decided."""
         surrogate, ratio = self._surrogate(log_prob, rows)
         correction, metrics = self._correction(rows)
         value, weight = self._aggregated(surrogate * correction, rows)
@@ -122,7 +125,7 @@ class TokenGRPO(Algorithm):
         metrics |= self._described(log_prob.detach(), ratio.detach(), rows)
         if self.kl > 0:
             reference: TokenPolicy = models.reference
-            known = tokens.decided_only(reference.log_probs(*asked), rows.decided)
+            known = tokens.decided_only(reference.log_probs(*rows.asked), rows.decided)
             divergence = tokens.token_kl(log_prob, known, "k2" if self.kl_form == "k2" else "k3")
             metrics["kl"] = tokens.token_mean(divergence.detach(), rows.decided)
             divergence = divergence * ratio if self.kl_form == "k3_ratio" else divergence

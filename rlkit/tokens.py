@@ -10,7 +10,7 @@ A temperature belongs to the policy: sampling and training both take log softmax
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlkit.types import Rows, Samples, TokenPolicy
 
 KLForm = Literal["k1", "k2", "k3"]
-Aggregate = Literal["grpo", "dapo", "dr_grpo"]
+Aggregate = Literal["grpo", "dapo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
 
 
@@ -93,6 +93,8 @@ def aggregate(values: Tensor, decided: Tensor, form: Aggregate, longest: int | N
     grpo      (arXiv 2402.03300) a sequence's mean, and all sequences count alike: in a long one each token counts less.
     dapo      (arXiv 2503.14476) the mean over all tokens of all sequences.
     dr_grpo   (arXiv 2503.20783) a sequence's sum over `longest`, one number for all sequences of a run.
+    sum       a sequence's sum, and all sequences count alike (verl's seq-mean-token-sum): each token counts as much in
+              a long one as in a short one, and the loss is as many times larger as sequences are long.
 
     A sequence without decided tokens has value 0 and weight 0.
     """
@@ -106,7 +108,22 @@ def aggregate(values: Tensor, decided: Tensor, form: Aggregate, longest: int | N
         if longest is None or longest < 1:
             raise ValueError(f"dr_grpo divides by `longest`, 1 or more tokens, not {longest}")
         return decided_only(values, decided).sum(1) / longest, there
-    raise ValueError(f"tokens are aggregated by grpo, dapo or dr_grpo, not {form!r}")
+    if form == "sum":
+        return decided_only(values, decided).sum(1), there
+    raise ValueError(f"tokens are aggregated by grpo, dapo, dr_grpo or sum, not {form!r}")
+
+
+def largest(values: Tensor, decided: Tensor, share: float) -> Tensor:
+    """Which decided tokens are the `share` of their sequence, rounded down but one at least, with the largest values.
+
+    [B, L] bool, without gradient. Of equal ones the first. What else is in the batch does not matter.
+    """
+    count = decided.sum(1)
+    most = (count.double() * share + 1e-6).long().clamp(min=1)  # 0.1 x 30 is 3, whatever the last bit of 0.1 says
+    ranked = torch.where(decided, values.detach(), torch.full_like(values, -torch.inf))
+    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
+    rank = torch.argsort(order, dim=1)  # of each token
+    return decided & (rank < most[:, None])
 
 
 def sequence_log_ratio(log_prob: Tensor, old_log_prob: Tensor, decided: Tensor) -> Tensor:
@@ -209,13 +226,19 @@ class TokenRows(Rows):
             cond=tuple(prompt.key for prompt in samples.prompts),
         )
 
-    def trimmed(self) -> TokenRows:
+    @property
+    def asked(self) -> tuple[Tensor, Tensor, tuple[str, ...], float]:
+        """What a policy is asked for its log-probs with."""
+        return self.ids, self.length, self.cond, float(self.temperature)
+
+    def trimmed(self) -> Self:
         """The same rows without the padding that is common to all."""
         longest = int(self.length.max()) if len(self) else 0
         cut = {name: getattr(self, name)[:, :longest] for name in _PER_TOKEN}
         return replace(self, **cut)
 
 
+R = TypeVar("R", bound=TokenRows)
 _PER_TOKEN = ("ids", "decided", "rollout_log_prob", "old_log_prob")
 
 
@@ -225,7 +248,7 @@ def _refuse(bad: Tensor, samples: Samples, what: str) -> None:
         raise ValueError(f"token {token} of sample {int(samples.sample_id[at])} {what}")
 
 
-def recomputed(rows: TokenRows, policy: TokenPolicy, size: int) -> TokenRows:
+def recomputed(rows: R, policy: TokenPolicy, size: int) -> R:
     """The same rows with `policy`'s own log-probs as the old ones, without gradient, `size` rows at a time.
 
     Before the first update of a step, while the weights are still those that sampled.

@@ -163,6 +163,7 @@ VALUES = torch.tensor([[9.0, 1.0, 2.0, 6.0], [9.0, 9.0, 5.0, 9.0], [9.0, 9.0, 9.
         ("grpo", None, [3.0, 5.0, 0.0], [1.0, 1.0, 0.0], (3 + 5) / 2),
         ("dapo", None, [3.0, 5.0, 0.0], [3.0, 1.0, 0.0], (1 + 2 + 6 + 5) / 4),
         ("dr_grpo", 10, [0.9, 0.5, 0.0], [1.0, 1.0, 0.0], (9 + 5) / 10 / 2),
+        ("sum", None, [9.0, 5.0, 0.0], [1.0, 1.0, 0.0], (9 + 5) / 2),
     ],
 )
 def test_means_over_tokens(form: Any, longest: int | None, value: Any, weight: Any, mean: float) -> None:
@@ -172,7 +173,7 @@ def test_means_over_tokens(form: Any, longest: int | None, value: Any, weight: A
     assert float((found[0] * found[1]).sum() / found[1].sum()) == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("form", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("form", ["grpo", "dapo", "dr_grpo", "sum"])
 def test_tokens_of_others_enter_no_mean_whatever_they_are(form: Any) -> None:
     values = torch.where(DECIDED, VALUES, torch.nan).requires_grad_()
     value, weight = tokens.aggregate(values, DECIDED, form, 4)
@@ -186,8 +187,30 @@ def test_dr_grpo_needs_its_length_and_forms_are_known() -> None:
     for longest in (None, 0):
         with pytest.raises(ValueError, match=f"divides by `longest`, 1 or more tokens, not {longest}"):
             tokens.aggregate(VALUES, DECIDED, "dr_grpo", longest)
-    with pytest.raises(ValueError, match="grpo, dapo or dr_grpo, not 'bnpo'"):
+    with pytest.raises(ValueError, match="grpo, dapo, dr_grpo or sum, not 'bnpo'"):
         tokens.aggregate(VALUES, DECIDED, "bnpo")  # type: ignore[arg-type]
+
+
+def test_the_largest_are_a_share_of_each_sequence_and_one_at_least() -> None:
+    values = torch.tensor([[9.0, 1.0, 2.0, 6.0], [9.0, 9.0, 5.0, 9.0], [9.0, 9.0, 9.0, 9.0]], requires_grad=True)
+    for share, expected in {0.01: [3], 0.34: [3], 0.67: [2, 3], 1.0: [1, 2, 3]}.items():
+        found = tokens.largest(values, DECIDED, share)
+        assert found.nonzero().tolist() == [[0, place] for place in expected] + [[1, 2]]
+        assert not found.requires_grad
+
+
+def test_of_equally_large_ones_the_first_are_chosen() -> None:
+    decided = torch.ones(1, 40, dtype=torch.bool)
+    assert tokens.largest(torch.ones(1, 40), decided, 0.1).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
+    for count in range(10, 41, 10):  # 0.1 x 30 is more than 3 in floating point
+        assert int(tokens.largest(torch.ones(1, 40), decided & (torch.arange(40) < count), 0.1).sum()) == count // 10
+
+
+def test_what_is_largest_does_not_depend_on_padding_or_company() -> None:
+    values, decided = normal(5, 20), normal(5, 20, seed=1) > 0
+    whole = tokens.largest(values, decided, 0.3)
+    wider = torch.nn.functional.pad(values[2:3], (0, 7), value=99.0), torch.nn.functional.pad(decided[2:3], (0, 7))
+    assert torch.equal(tokens.largest(*wider, 0.3)[:, :20], whole[2:3])
 
 
 def test_a_sequence_ratio_is_the_geometric_mean_of_its_tokens() -> None:

@@ -305,6 +305,7 @@ FORMS: list[Any] = [
     {"aggregate": "grpo"},
     {"aggregate": "dapo"},
     {"aggregate": "dr_grpo", "longest": 10},
+    {"aggregate": "sum"},
     {"level": "sequence"},
     {"importance": "truncate"},
     {"importance": "mask", "importance_level": "sequence"},
@@ -323,6 +324,7 @@ def test_the_first_step_is_reinforce(context: MakeContext, options: Any) -> None
         "grpo": -(of_sequence / count).mean(),
         "dapo": -of_sequence.sum() / count.sum(),
         "dr_grpo": -of_sequence.mean() / 10,
+        "sum": -of_sequence.mean(),
     }[algorithm.form]
     (expected,) = torch.autograd.grad(reinforce, list(policy.parameters()))
     assert expected.norm() > 1e-3
