@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rlkit.answers import Numbers
 from rlkit.endpoints import Endpoints
 from rlkit.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
-from rlkit.templates import fingerprint
+from rlkit.templates import fingerprint, optional
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,7 @@ class EditScore:
     body: Mapping[str, Any] = field(default_factory=dict)  # more fields of each request
 
     reads = ("prompt", "source")
+    optional: tuple[str, ...] = ()  # an instance's own
     range = (0.0, 1.0)
     higher_is_better = True
     components = ("semantics", "quality", "following", "restraint")
@@ -83,6 +84,7 @@ class EditScore:
         if self.num_pass < 1:
             raise ValueError(f"num_pass must be 1 or more, not {self.num_pass}")
         shown = _SCHEME.templates(_PROMPTS, self.prompts)  # so that a bad file is found before anything runs
+        object.__setattr__(self, "optional", optional(shown))
         object.__setattr__(self, "version", f"{self.version}-{fingerprint(shown)}")
 
     def load(self, device: torch.device) -> Scorer:

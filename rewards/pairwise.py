@@ -27,7 +27,7 @@ import torch
 from rlkit.answers import Choice
 from rlkit.endpoints import Endpoints
 from rlkit.judge import Chat, Question, Sampling, check_options, open_chat
-from rlkit.templates import TEXTS, Template, fingerprint, material, read_template, reads
+from rlkit.templates import TEXTS, Template, fingerprint, material, optional, read_template, reads
 from rlkit.types import Unscored, generator
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Pairwise:
     body: Mapping[str, Any] = field(default_factory=dict)  # more fields of each request
 
     reads = ("prompt",)  # an instance's own: what its prompt file shows
+    optional: tuple[str, ...] = ()  # an instance's own
     range = (0.0, 1.0)
     higher_is_better = True
     components = ("comparisons",)
@@ -69,6 +70,7 @@ class Pairwise:
             raise ValueError(f"opponents must be an even number of 2 or more, as many on either side: {self.opponents}")
         shown = {"pair": self._prompt()}  # so that a bad file is found before anything runs
         object.__setattr__(self, "reads", reads(shown))
+        object.__setattr__(self, "optional", optional(shown))
         object.__setattr__(self, "version", f"{self.version}-{fingerprint(shown)}")
 
     def load(self, device: torch.device) -> _Scorer:

@@ -17,6 +17,13 @@ omnicontext     OmniContext (OmniGen2, arXiv 2506.18871): prompt following PF an
 editreward      the two questions of EditReward (arXiv 2509.26346), instruction following and visual quality,
                 1-4, asked of any judge; their mean, (x - 1) / 3. This is not EditReward's trained network, whose heads
                 give numbers and no text: that one runs in its own environment and is reached by the reward `http`
+kscore          KScore of Gen-Searcher (arXiv 2603.28767), which GenEvolve (arXiv 2605.21605) trains its agent with too:
+                0.1 faithfulness + 0.4 visual correctness + 0.4 text accuracy + 0.1 aesthetics, each 0, 0.5 or 1. It is
+                the request that counts, and not what an agent made of it. Where no text is asked for (the prompt's
+                `target_text` is empty) text accuracy counts 0.5, as published, so that 0.8 is the best there is; its
+                component is then left out. An episode that ended without a program scores 0 without a question: it is
+                the policy that failed, and not the judge. The judge is shown the prompt's reference pictures and the
+                truth in words (metadata `truth`, else `caption`), as far as there are any
 
 All answers but those of the first two modes are sampled, `num_pass` times, and averaged. Every component is 0..1,
 except `raw` of `scale`, which is 1-5.
@@ -26,7 +33,10 @@ compare with published ones; give the original texts in `prompts` where that mat
 refused, not exactly of its form or out of range is asked for again with another seed and then not scored, where the
 references put 0, a middle value or a random number. Capitals and leading spaces of tokens are folded, and where the
 labels have less than half of the probability, nothing is scored. FIRM's judge gives one score for following the prompt;
-here each item of the checklist has its own, so that their number can be checked.
+here each item of the checklist has its own, so that their number can be checked. KScore's judge always has the true
+picture beside it, says itself whether text is asked for, and is asked at temperature 0; here the truth is words and
+references, and `target_text` says it, which is the same for all of a group. Levels are asked for as 0, 1 and 2: whole
+numbers, that a schema can hold the judge to.
 """
 
 from __future__ import annotations
@@ -37,14 +47,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rlkit.answers import Checklist, Lines, Numbers, Prose, Tokens
 from rlkit.endpoints import Endpoints
 from rlkit.errors import nearest
 from rlkit.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
-from rlkit.templates import fingerprint, reads
+from rlkit.templates import fingerprint, legible, optional, reads
+from rlkit.types import Unscored
 
 if TYPE_CHECKING:
-    import torch
+    from rlkit.types import Samples
 
 _PROMPTS = Path(__file__).with_name("prompts")
 
@@ -100,9 +113,43 @@ def _editreward(answers: Mapping[str, Any]) -> tuple[float, ...]:
     return (instruction + quality) / 2, instruction, quality
 
 
+def _kscore(answers: Mapping[str, Any]) -> tuple[float, ...]:
+    parts = [answers["scores"][name][0] / 2 for name in _KSCORE]
+    return sum(weight * part for weight, part in zip(_KSCORE.values(), parts, strict=True)), *parts
+
+
+class _ForPrograms:
+    """KScore: asks where there is a program, and counts text where some is asked for."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.fingerprint = scorer.fingerprint
+
+    def __call__(self, samples: Samples) -> tuple[list[float | Unscored], dict[str, list[float | None]]]:
+        n = len(samples.prompts)
+        drawn = [row for row in range(n) if not samples.episodes or samples.episodes[row].program is not None]
+        found, parts = self._scorer(samples.select(torch.tensor(drawn, dtype=torch.int64)))
+        values: list[float | Unscored] = [0.0] * n
+        columns: dict[str, list[float | None]] = {name: [0.0] * n for name in parts}
+        for at, row in enumerate(drawn):
+            value, text = found[at], parts["text"][at]
+            if not isinstance(value, Unscored) and text is not None and not legible(samples.prompts[row]):
+                value += _KSCORE["text"] * (0.5 - text)
+            values[row] = value
+            for name, column in columns.items():
+                column[row] = parts[name][at]
+        for row, prompt in enumerate(samples.prompts):
+            columns["text"][row] = columns["text"][row] if legible(prompt) else None
+        return values, columns
+
+    def close(self) -> None:
+        self._scorer.close()
+
+
 # ------------------------------------------------------------------------------------------------------------- modes
 
 _ASPECTS = ("Alignment", "Coherence", "Style")
+_KSCORE = {"faithfulness": 0.1, "visual": 0.4, "text": 0.4, "aesthetics": 0.1}
 _PAIR = Numbers(0, 10, {"score": 2})
 _ONE = Numbers(0, 10, {"score": 1})
 _RUBRIC = Numbers(1, 4, {"score": 1})
@@ -165,6 +212,9 @@ MODES = {
         _editreward,
         ("instruction", "quality"),
     ),
+    "kscore": Scheme(
+        ((Stage("scores", "kscore.txt", Numbers(0, 2, dict.fromkeys(_KSCORE))),),), _kscore, tuple(_KSCORE)
+    ),
 }
 
 
@@ -172,9 +222,9 @@ MODES = {
 class VLMJudge:
     """A vision-language model behind an endpoint judges each picture: by yes or no, on a scale, or in stages.
 
-    Modes: yes_no, scale, viescore, two_stage, plan, firm_edit, firm_gen, unified_reward, omnicontext, editreward; the
-    head of this file says what each computes. Thinking models have to be told not to think where the first token is
-    read: body: {chat_template_kwargs: {enable_thinking: false}}.
+    Modes: yes_no, scale, viescore, two_stage, plan, firm_edit, firm_gen, unified_reward, omnicontext, editreward,
+    kscore; the head of this file says what each computes. Thinking models have to be told not to think where the first
+    token is read: body: {chat_template_kwargs: {enable_thinking: false}}.
     """
 
     endpoints: Endpoints  # {urls: [http://127.0.0.1:8000], key_env: NAME}, addresses without /v1
@@ -188,6 +238,7 @@ class VLMJudge:
     body: Mapping[str, Any] = field(default_factory=dict)  # more fields of each request
 
     reads = ("prompt",)  # an instance's own: what the prompts of its mode show
+    optional = ()  # so is this: what they show where there is any
     range = (0.0, 1.0)
     higher_is_better = True
     components = (
@@ -202,11 +253,15 @@ class VLMJudge:
         "coherence",
         "style",
         "following",
+        "faithfulness",
+        "visual",
+        "text",
+        "aesthetics",
     )  # an instance's own: those of its mode
     groupwise = False
     licence = "that of the model behind the endpoint"
     size = "none here; the endpoint's model"
-    protocol = "one of ten modes: VIEScore, FIRM, UnifiedReward, OmniContext and others, with prompts of rlkit's own"
+    protocol = "one of eleven modes: VIEScore, FIRM, OmniContext, KScore and others, with prompts of rlkit's own"
     version = "1"  # and, of an instance, its prompts' fingerprint
 
     def __post_init__(self) -> None:
@@ -219,12 +274,15 @@ class VLMJudge:
             raise ValueError(f"mode {self.mode} reads probabilities, which are the same each time: leave num_pass at 1")
         shown = self._scheme.templates(_PROMPTS, self.prompts)  # so that a bad file is found before anything runs
         object.__setattr__(self, "reads", reads(shown))
+        looked_at = (*optional(shown), *(("target_text", "episode") if self.mode == "kscore" else ()))
+        object.__setattr__(self, "optional", tuple(dict.fromkeys(looked_at)))
         object.__setattr__(self, "components", self._scheme.components)
         object.__setattr__(self, "version", f"{self.version}-{fingerprint(shown)}")
 
-    def load(self, device: torch.device) -> Scorer:
+    def load(self, device: torch.device) -> Scorer | _ForPrograms:
         chat = open_chat(self.endpoints, self.model, self.sampling, self.attempts, self.guided, self.body)
-        return Scorer(chat, self._scheme, self._scheme.templates(_PROMPTS, self.prompts), self.num_pass)
+        scorer = Scorer(chat, self._scheme, self._scheme.templates(_PROMPTS, self.prompts), self.num_pass)
+        return _ForPrograms(scorer) if self.mode == "kscore" else scorer
 
     @property
     def _scheme(self) -> Scheme:

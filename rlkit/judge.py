@@ -16,7 +16,7 @@ from typing import Any
 from rlkit.answers import Checklist, Form, Prose, Unreadable
 from rlkit.endpoints import Endpoints, Failure, Pool, Reply, Request
 from rlkit.errors import RewardError, nearest
-from rlkit.templates import PICTURES, TEXTS, Template, material, quoted, read_template
+from rlkit.templates import ASKED, PICTURES, TEXTS, Template, material, quoted, read_template
 from rlkit.types import Samples, Unscored, seed_of
 
 OURS = ("messages", "model", "seed", "n", "stream", "response_format", "logprobs", "top_logprobs")
@@ -189,7 +189,7 @@ class Scheme:
             known = (*TEXTS, *PICTURES, *(name for name in self.said if name in found))
             for stage in now:
                 path = Path(own[stage.name]) if stage.name in own else folder / stage.file
-                found[stage.name] = read_template(path, TEXTS if stage.once else known)
+                found[stage.name] = read_template(path, ASKED if stage.once else known)
         if not any("picture" in template.names for template in found.values()):
             raise ValueError("none of the prompts shows $picture")
         return found

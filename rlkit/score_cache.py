@@ -23,7 +23,8 @@ from rlkit.types import Samples
 
 Score = tuple[float, dict[str, float]]  # the value, and its components
 
-EVERYTHING = ("prompt", "metadata", "target_text", "source", "references", "text")  # of a reward that does not say
+# Of a reward that does not say what it reads.
+EVERYTHING = ("prompt", "metadata", "target_text", "source", "references", "text", "episode")
 _SLICE = 500  # keys in one query: SQLite bounds how many
 
 
@@ -50,6 +51,8 @@ def _key(common: list[Any], reads: Sequence[str], samples: Samples, i: int) -> s
     texts: dict[str, Any] = {"prompt": prompt.text, "metadata": prompt.metadata, "target_text": prompt.target_text}
     if samples.texts:
         texts["text"] = samples.texts[i]
+    if samples.episodes:
+        texts["episode"] = repr(samples.episodes[i])
     read = {name: value for name, value in texts.items() if name in reads}
     digest = hashlib.sha256(json.dumps([common, read], sort_keys=True, default=str).encode())
     pictures = [("picture", samples.media[i])] if samples.media.numel() else []  # a token policy draws none

@@ -7,6 +7,10 @@ picture, the instruction) should stand before the picture. A prompt shows the pi
 `$instruction` is the prompt written as a JSON string, and so is what a judge said in an earlier stage: no text can get
 out of its quotation marks, and the rubrics say that what stands in them is content. `$instruction_as_is` is the bare
 text, for prompt files of others.
+
+Not every prompt has what these show; in its place stands `none`, without quotation marks, or no picture. `$truth`: what
+the right picture shows, in words, from the prompt's metadata (`truth`, or else `caption`). `$target_text`: what should
+be legible. `$any_references`: the reference pictures, where `$references` leaves a prompt without them unscored.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from rlkit.types import Prompt, Unscored
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEXTS = ("instruction", "instruction_as_is")
-PICTURES = ("picture", "source", "references")
+ASKED = ("instruction", "instruction_as_is")
+TEXTS = (*ASKED, "truth", "target_text")
+PICTURES = ("picture", "source", "references", "any_references")
+TRUTHS = ("truth", "caption")  # keys of a prompt's metadata; the first that is there counts
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,19 @@ def quoted(answer: str | Sequence[str]) -> str:
 
 def reads(templates: Mapping[str, Template]) -> tuple[str, ...]:
     """What these prompts show beside the picture, in the words of a reward's card."""
-    names = {name for template in templates.values() for name in template.names}
-    texts = ("prompt",) if names & set(TEXTS) else ()
+    names = _names(templates)
+    texts = ("prompt",) if names & set(ASKED) else ()
     return (*texts, *(name for name in ("source", "references") if name in names))
+
+
+def optional(templates: Mapping[str, Template]) -> tuple[str, ...]:
+    """What they show where there is any, in the same words."""
+    shown = {"truth": "metadata", "target_text": "target_text", "any_references": "references"}
+    return tuple(word for name, word in shown.items() if name in _names(templates))
+
+
+def _names(templates: Mapping[str, Template]) -> set[str]:
+    return {name for template in templates.values() for name in template.names}
 
 
 def fingerprint(templates: Mapping[str, Template]) -> str:
@@ -103,8 +119,9 @@ def material(
 ) -> tuple[dict[str, str], dict[str, list[str]]] | Unscored:
     """What prompts can show of one sample: texts, and pictures as data URIs. `uris` keeps the sources of a call, which
     a group shares, by the tensor's identity."""
-    if not prompt.text.strip() and set(TEXTS) & set(shown):
-        return Unscored("the prompt is empty")
+    texts = texts_of(prompt, shown)
+    if isinstance(texts, Unscored):
+        return texts
     if prompt.source is None and "source" in shown:
         return Unscored("the prompt has no source picture")
     if not prompt.references and "references" in shown:
@@ -121,6 +138,41 @@ def material(
             pictures["source"] = [encoded(prompt.source)]
         if "references" in shown:
             pictures["references"] = [encoded(one) for one in prompt.references]
+        if "any_references" in shown:
+            pictures["any_references"] = [encoded(one) for one in prompt.references]
     except PictureError as error:  # it costs this sample, and not the batch
         return Unscored(str(error))
-    return {"instruction": quoted(prompt.text), "instruction_as_is": prompt.text}, pictures
+    return texts, pictures
+
+
+def texts_of(prompt: Prompt, shown: Collection[str]) -> dict[str, str] | Unscored:
+    """The texts that prompts can show of a sample's prompt."""
+    if not prompt.text.strip() and set(ASKED) & set(shown):
+        return Unscored("the prompt is empty")
+    texts = {"instruction": quoted(prompt.text), "instruction_as_is": prompt.text}
+    if "target_text" in shown:
+        texts["target_text"] = quoted(legible(prompt)) or "none"
+    if "truth" in shown:
+        truth = _truth(prompt)
+        if isinstance(truth, Unscored):
+            return truth
+        texts["truth"] = quoted(truth) if truth else "none"
+    return texts
+
+
+def legible(prompt: Prompt) -> tuple[str, ...]:
+    """What should be legible in the picture."""
+    return tuple(one for one in prompt.target_text if one.strip())
+
+
+def _truth(prompt: Prompt) -> str | Unscored:
+    for key in TRUTHS:
+        found = prompt.metadata.get(key)
+        if found is None:
+            continue
+        if not isinstance(found, str):
+            what = f"the prompt's metadata has {key} as {type(found).__name__} and not as a text"
+            return Unscored(f"{what}: write the truth as one text, under {TRUTHS[0]}")
+        if found.strip():
+            return found
+    return ""

@@ -9,7 +9,7 @@ import torch
 
 import rlkit.rewards.vlm_judge as vlm_judge
 from rlkit.pictures import data_uri
-from rlkit.templates import material, quoted, read_template, reads
+from rlkit.templates import material, optional, quoted, read_template, reads, texts_of
 from rlkit.types import Prompt, Unscored
 
 FOLDER = Path(vlm_judge.__file__).with_name("prompts")
@@ -91,10 +91,11 @@ def test_a_dollar_and_braces_are_ordinary_in_a_file(template):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
 def test_the_files_that_come_along(path):
-    made = read_template(path, (*KNOWN, "differences", "checklist", "first", "second"))
+    more = ("truth", "target_text", "any_references", "program", "titles")
+    made = read_template(path, (*KNOWN, *more, "differences", "checklist", "first", "second"))
     assert "instruction_as_is" not in made.names
     assert "take no" in made.rubric, "the rubric must say that texts in prompt and pictures are content"
-    assert set(made.names) & {"picture", "second"} or path.stem == "plan_checklist"
+    assert set(made.names) & {"picture", "second"} or path.stem in ("plan_checklist", "program_judge")
     if "source" in made.names and "instruction" in made.names:  # what a group shares comes first
         assert made.names.index("source") < made.names.index("instruction")
     if "picture" in made.names and "instruction" in made.names:
@@ -106,6 +107,14 @@ def test_what_prompts_read(template):
     both = {"a": template("---\n$picture $instruction $references"), "b": template("---\n$source")}
     assert reads(both) == ("prompt", "source", "references")
     assert reads({"a": template("---\n$instruction_as_is")}) == ("prompt",)
+
+
+def test_what_prompts_show_where_there_is_any(template):
+    known = (*KNOWN, "truth", "target_text", "any_references")
+    some = {"a": template("---\n$any_references $picture", known), "b": template("---\n$truth", known)}
+    assert (reads(some), optional(some)) == ((), ("metadata", "references"))
+    assert optional({"a": template("---\n$target_text $references", known)}) == ("target_text",)
+    assert optional({"a": template("---\n$instruction $references")}) == ()
 
 
 # ----------------------------------------------------------------------------------------- what there is to show
@@ -153,3 +162,46 @@ def test_material_that_is_missing_or_broken(media, prompt, why):
 
 def test_what_is_not_shown_may_be_missing():
     assert material(RED, Prompt(0, ""), ("picture",), {})[1] == {"picture": [data_uri(RED)]}
+
+
+# --------------------------------------------------------------------------------- what a prompt may have or not have
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ({}, "none"),
+        ({"truth": None, "caption": " "}, "none"),
+        ({"caption": 'a "red" cross'}, '"a \\"red\\" cross"'),
+        ({"truth": "a circle", "caption": "a cross"}, '"a circle"'),
+        ({"truth": " ", "caption": "none"}, '"none"'),
+    ],
+)
+def test_the_truth_is_a_text_of_the_metadata(metadata, shown):
+    assert texts_of(Prompt(0, "x", metadata=metadata), ("truth",))["truth"] == shown
+
+
+def test_a_truth_that_is_no_text_is_not_passed_over():
+    found = texts_of(Prompt(0, "x", metadata={"caption": ["a cross"]}), ("truth",))
+    assert isinstance(found, Unscored)
+    assert re.search(r"has caption as list and not as a text: write the truth as one text, under truth", found.reason)
+    assert texts_of(Prompt(0, "x", metadata={"caption": ["a cross"]}), ("instruction",))["instruction"] == '"x"'
+
+
+def test_what_should_be_legible_is_a_numbered_list():
+    prompt = Prompt(0, "x", target_text=("OPEN", "", 'at "9"'))
+    assert texts_of(prompt, ("target_text",))["target_text"] == '1. "OPEN"\n2. "at \\"9\\""'
+    assert texts_of(Prompt(0, "x", target_text=(" ",)), ("target_text",))["target_text"] == "none"
+
+
+def test_any_references_may_be_none():
+    shown = ("picture", "any_references")
+    assert material(RED, Prompt(0, "x"), shown, {})[1]["any_references"] == []
+    assert material(RED, Prompt(0, "x", references=(RED,)), shown, {})[1]["any_references"] == [data_uri(RED)]
+    broken = material(RED, Prompt(0, "x", references=(RED * torch.nan,)), shown, {})
+    assert isinstance(broken, Unscored), "a picture that is there has to be one"
+
+
+def test_a_prompt_without_pictures_is_shown_without_them(template):
+    made = template("---\nReferences:\n$any_references\nPicture:\n$picture", ("any_references", "picture"))
+    assert shape(made.fill({}, {"any_references": [], "picture": ["P"]})) == ["References:", "Picture:", ("P",)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlkit.endpoints import Endpoints, Reply
+from rlkit.episodes import Episode, Program
 from rlkit.registry import build, describe
 from rlkit.rewards.vlm_judge import MODES, VLMJudge
 from rlkit.types import Prompt, Unscored
@@ -18,7 +19,7 @@ from rlkit.types import Prompt, Unscored
 WHERE = Endpoints(("http://127.0.0.1:1",))
 CPU = torch.device("cpu")
 RED, BLUE, GREEN = (torch.zeros(3, 4, 4) + torch.eye(3)[channel][:, None, None] for channel in (0, 2, 1))
-EDIT = Prompt(0, "paint it red", source=BLUE, references=(GREEN,))
+EDIT = Prompt(0, "paint it red", source=BLUE, references=(GREEN,), target_text=("RED",))
 
 
 def completion(content, finish="stop", **more):
@@ -205,6 +206,104 @@ def test_editreward_s_two_questions(judge, samples_of):
     assert components == pytest.approx({"instruction": 1.0, "quality": 1 / 3})
 
 
+# ---------------------------------------------------------------------------------------------------- kscore
+
+FLAG = Prompt(0, "draw the flag of Kesh Bay", metadata={"caption": "a red circle"}, target_text=("KESH",))
+LEVELS = {"faithfulness": 2, "visual": 2, "text": 2, "aesthetics": 0}
+
+
+@pytest.mark.parametrize(
+    ("levels", "value"),
+    [
+        ((2, 2, 2, 2), 1.0),
+        ((2, 0, 0, 0), 0.1),
+        ((0, 2, 0, 0), 0.4),
+        ((0, 0, 2, 0), 0.4),
+        ((0, 0, 0, 2), 0.1),
+        ((1, 1, 1, 1), 0.5),
+        ((0, 0, 0, 0), 0.0),
+    ],
+)
+def test_kscore_weighs_four_levels(judge, samples_of, levels, value):
+    names = ("faithfulness", "visual", "text", "aesthetics")
+    scorer, asked = judge(numbers(**dict(zip(names, levels, strict=True))), mode="kscore")
+    found, components = one(scorer, samples_of, FLAG)
+    assert found == pytest.approx(value)
+    assert components == pytest.approx({name: level / 2 for name, level in zip(names, levels, strict=True)})
+    properties = asked[0]["response_format"]["json_schema"]["schema"]["properties"]
+    assert list(properties) == ["reasoning", *names]
+    assert all(properties[name] == {"type": "integer", "minimum": 0, "maximum": 2} for name in names)
+
+
+@pytest.mark.parametrize("said", [0, 1, 2])
+def test_kscore_counts_a_half_where_no_text_is_asked_for_whatever_the_judge_says(judge, samples_of, said):
+    """As Gen-Searcher and GenEvolve have it; the mean of the other three by their weights would be 5/6."""
+    scorer, _ = judge(numbers(**{**LEVELS, "text": said}), mode="kscore")
+    value, components = one(scorer, samples_of, replace(FLAG, target_text=(" ",)))
+    assert value == pytest.approx(0.1 * 1 + 0.4 * 1 + 0.4 * 0.5 + 0.1 * 0)
+    assert components == {"faithfulness": 1.0, "visual": 1.0, "text": None, "aesthetics": 0.0}
+
+
+def test_kscore_averages_its_passes_with_and_without_text(judge, samples_of):
+    said = iter([2, 2, 0, 2])
+    scorer, asked = judge(lambda kind, body: numbers(**{**LEVELS, "text": next(said)}), mode="kscore", num_pass=2)
+    values, components = scorer(samples_of(torch.stack([RED, RED]), [FLAG, replace(FLAG, target_text=())]))
+    assert values == pytest.approx([0.1 + 0.4 + 0.4, 0.1 + 0.4 + 0.2])
+    assert components["text"] == [1.0, None]
+    assert len(asked) == 4
+
+
+def test_kscore_shows_what_is_known_and_does_without(judge, samples_of):
+    scorer, asked = judge(numbers(**LEVELS), mode="kscore")
+    scorer(samples_of(torch.stack([RED, BLUE]), [replace(FLAG, references=(GREEN, BLUE)), Prompt(1, "a sea")]))
+    known, bare = asked
+    assert [len(pictures(body)) for body in asked] == [3, 1]
+    assert 'Truth: "a red circle"\nTexts:\n1. "KESH"' in text(known)
+    assert 'Prompt: "draw the flag of Kesh Bay"' in text(known)
+    assert "Truth: none\nTexts:\nnone" in text(bare)
+
+
+def test_nothing_that_is_known_gets_out_of_its_quotation_marks(judge, samples_of):
+    scorer, asked = judge(numbers(**LEVELS), mode="kscore")
+    one(scorer, samples_of, replace(FLAG, metadata={"truth": NASTY}, target_text=(NASTY,)))
+    assert json.loads(re.findall(r"^Truth: (.*)$", text(asked[0]), re.MULTILINE)[0]) == NASTY
+    assert json.loads(re.findall(r"^1\. (.*)$", text(asked[0]), re.MULTILINE)[0]) == NASTY
+    assert text(asked[0]).count("\n---") == 0
+
+
+def test_kscore_of_an_episode_without_a_program_is_nought_and_costs_no_question(judge, samples_of):
+    """A black picture stands in its place: the judge must neither be asked, nor be able to praise it."""
+    scorer, asked = judge(numbers(**dict.fromkeys(LEVELS, 2)), mode="kscore")
+    done, gone = Episode((), Program("a red circle"), "answer"), Episode((), None, "turns")
+    drawn = samples_of(torch.stack([RED, RED * 0, RED * 0, BLUE]), [FLAG, FLAG, replace(FLAG, target_text=()), FLAG])
+    values, components = scorer(replace(drawn, episodes=(done, gone, gone, done)))
+    assert values == pytest.approx([1.0, 0.0, 0.0, 1.0])
+    assert components["visual"] == [1.0, 0.0, 0.0, 1.0]
+    assert components["text"] == [1.0, 0.0, None, 1.0]
+    assert len(asked) == 2
+    values, _ = scorer(replace(drawn.select(torch.tensor([1])), episodes=(gone,)))
+    assert (values, len(asked)) == ([0.0], 2)
+
+
+def test_kscore_does_not_score_what_the_judge_fails_at(judge, samples_of):
+    scorer, _ = judge(numbers(**{**LEVELS, "visual": 3}), mode="kscore", attempts=1)
+    done = Episode((), Program("a red circle"), "answer")
+    values, components = scorer(replace(samples_of(torch.stack([RED]), [FLAG]), episodes=(done,)))
+    assert values == [Unscored("scores: visual: 3 is outside 0..2")]
+    assert components == {name: [None] for name in LEVELS}
+    values, _ = scorer(replace(samples_of(RED[None] * torch.nan, [FLAG]), episodes=(done,)))
+    assert "NaN" in values[0].reason, "a picture that could not be drawn is not the policy's fault"
+
+
+def test_what_kscore_looks_at_is_part_of_a_cached_score_s_key(tmp_path):
+    """Whether text counts depends on target_text, also where an own prompt does not show it."""
+    assert VLMJudge(WHERE, mode="kscore").optional == ("metadata", "target_text", "references", "episode")
+    (tmp_path / "q.txt").write_text("---\n$instruction $picture")
+    own = VLMJudge(WHERE, mode="kscore", prompts={"scores": str(tmp_path / "q.txt")})
+    assert own.optional == ("target_text", "episode")
+    assert all(VLMJudge(WHERE, mode=mode).optional == () for mode in MODES if mode != "kscore")
+
+
 # ------------------------------------------------------------------------------------ what holds in every mode
 
 ANSWERS = {
@@ -300,6 +399,7 @@ def test_what_an_instance_reads_is_what_its_prompts_show(tmp_path):
     assert read["yes_no"] == read["scale"] == read["plan"] == read["unified_reward"] == {"prompt"}
     assert read["viescore"] == read["two_stage"] == read["editreward"] == {"prompt", "source"}
     assert read["omnicontext"] == {"prompt", "references"}
+    assert read["kscore"] == {"prompt"}
     (tmp_path / "q.txt").write_text("---\n$source $picture Is this the same place?")
     assert VLMJudge(WHERE, prompts={"answer": str(tmp_path / "q.txt")}).reads == ("source",)
 
@@ -347,8 +447,10 @@ def test_the_card_is_read_from_the_source():
     assert all(option.doc for option in card.fields)
 
 
-def test_closing_closes_the_endpoints(judge):
-    scorer, asked = judge(tokens(("yes", 1.0)))
+@pytest.mark.parametrize("mode", ["yes_no", "kscore"])
+def test_closing_closes_the_endpoints(judge, mode):
+    scorer, asked = judge(tokens(("yes", 1.0)), mode=mode)
+    assert scorer.fingerprint == "m"
     scorer.close()
     assert asked == ["closed"]
 
