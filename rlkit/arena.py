@@ -198,7 +198,7 @@ def _counted(setup: Setup) -> dict[str, Any]:
 def _often(setup: Setup, seconds: float) -> list[str]:
     """As many evaluations within these seconds as the recipe has in its own."""
     until, every = setup.stages[0].until, setup.stages[0].evaluate.every
-    if until is None or until.metric != "cpu_seconds" or not every:
+    if until is None or until.above is None or until.metric != "cpu_seconds" or not every:
         return []
     return [f"stages.main.evaluate.every={max(1, round(every * seconds / until.above))}"]
 

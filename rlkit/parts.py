@@ -276,6 +276,10 @@ class Parts:
         for part in self.parts.values():
             part.keep_base()
 
+    def adopt(self, name: str) -> None:
+        for part in self._active().values():
+            part.adopt(name)
+
     def drop(self, name: str) -> None:
         for part in self.parts.values():
             part.drop(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlkit import recipe_parts, registry, sources
+from rlkit import recipe_course, recipe_parts, registry, sources
 from rlkit.errors import RecipeError, RlkitError, nearest
 from rlkit.sources import ENTRIES, TOP, Recipe, is_number, known
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from rlkit.types import Needs
     from rlkit.weights import Lora
 
-STAGE = (*ENTRIES, "rewards", "total", "learner", "evaluate", "monitors", "train", "steps", "until", "anchor", "expect")
+STAGE = (
+    *(*ENTRIES, "rewards", "total", "learner", "evaluate", "monitors", "train"),
+    *("steps", "until", "carry", "anchor", "expect"),
+)
 REQUIRED = (*ENTRIES, "rewards", "learner", "steps")  # `rewards: {}` says that there are none
 
 
@@ -155,7 +158,7 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
     from rlkit.monitors import Monitors
     from rlkit.total import Total
-    from rlkit.trainer import Evaluation, Stage, Until
+    from rlkit.trainer import Carry, Evaluation, Stage, Until
 
     where = f"stages.{name}"
     node = _mapping(node, where)
@@ -181,6 +184,8 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     at = f"{where}.until"
     limit = _mapping(node.get("until"), at)
     until = registry.construct(Until, limit, at, what="until") if limit else None
+    at = f"{where}.carry"
+    carry = registry.construct(Carry, _mapping(node.get("carry"), at), at, what="carry")
     given = {key: node[key] for key in ("steps", "anchor", "expect") if node.get(key) is not None}
     numbers: _Numbers = registry.construct(_Numbers, given, where, what=f"stage {name!r}")
     stage = Stage(
@@ -193,6 +198,7 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
         evaluate=evaluate,
         steps=numbers.steps,
         until=until,
+        carry=carry,
         anchor=numbers.anchor,
         total=total,
         monitors=monitors,
@@ -210,6 +216,7 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
         "monitors": _plain(monitors),
         "steps": numbers.steps,
         "until": _plain(until),
+        "carry": _plain(carry),
         "anchor": numbers.anchor,
         "expect": dict(numbers.expect),
     }
@@ -315,7 +322,7 @@ def check(setup: Setup) -> None:
         _check_ages(stage, needs, where)
         _check_total(stage, where)
         _check_sizes(stage, needs, where)
-        _check_ending(stage, where, setup.recipe["stages"][stage.name]["expect"])
+    recipe_course.check(setup)
 
 
 def _check_encoders(encoders: str, stage: Stage) -> None:
@@ -361,7 +368,8 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
         raise RecipeError(what, where=f"{where}.rollout", hint="The rollout `dataset` hands them out.")
     for reward in stage.rewards:
         reads = getattr(reward.reward, "reads", None)
-        if made == ("text",) and reads is not None and "text" not in (*reads, *getattr(reward.reward, "optional", ())):
+        seen = {*(reads or ()), *getattr(reward.reward, "optional", ())}
+        if "image" not in made and reads is not None and not {"text", "episode"} & seen:
             what = "judges a picture, and a token policy writes a text."
             raise RecipeError(what, where=f"{where}.rewards.{reward.name}", hint="Choose one that reads `text`.")
         for word in reads or ():
@@ -372,7 +380,7 @@ def _check_gives(stage: Stage, needs: Needs, where: str) -> None:
     if not stage.rewards and needs.rewards:
         hint = f"Write for instance {{NAME: 1.0}}; known: {', '.join(registry.names('rewards'))}."
         raise RecipeError("a stage needs a reward.", where=f"{where}.rewards", hint=hint)
-    if stage.rewards and not any(reward.weight for reward in stage.rewards):
+    if needs.rewards and not any(reward.weight for reward in stage.rewards):
         raise RecipeError("all weights are 0: nothing would be learned.", where=f"{where}.rewards")
     counted = [one for one in stage.rewards if one.weight]  # at weight 0 a reward is only looked at
     blind = [one.name for one in counted if not getattr(one.reward, "differentiable", False)]
@@ -478,18 +486,6 @@ def _counted(stage: Stage, needs: Needs) -> str:
 
 def _recorded(stage: Stage, needs: Needs) -> int:
     return needs.trained(int(needs.window or stage.rollout.steps - 1))
-
-
-def _check_ending(stage: Stage, where: str, expect: Mapping[str, str]) -> None:
-    from rlkit.tracking import HELD_OUT, Expectation
-    from rlkit.trainer import TIMES
-
-    for metric, rule in expect.items():
-        Expectation.parse(rule, where=f"{where}.expect.{metric}")
-    if stage.until is not None and not stage.until.metric.startswith(HELD_OUT) and stage.until.metric not in TIMES:
-        what = f"a stage ends on what an evaluation measures, not on {stage.until.metric!r}."
-        hint = f"Write for instance {HELD_OUT}strict, or {TIMES[0]} for its training time."
-        raise RecipeError(what, where=f"{where}.until.metric", hint=hint)
 
 
 # --------------------------------------------------------------------------------------------------- shapes

@@ -84,10 +84,14 @@ def run(
             tracker.say(text)
         event("started", names[first], 0, at, **{"seconds/start": time.monotonic() - started})
         with _stop_on_signal(tracker) as stop:
-            for stage in setup.stages[first:]:
+            moments: dict[str, Tensor] | None = None
+            for number, stage in enumerate(setup.stages[first:], first):
                 under_way = Run(setup, stage, policy, processes, tracker, folder, at, stop)
+                resumed = saved is not None and saved.numbers["stage"] == stage.name
+                if not resumed:
+                    under_way.take_over(moments)
                 under_way.anchor()
-                if saved and saved.numbers["stage"] == stage.name:
+                if saved and resumed:
                     under_way.restore(saved)
                 tracker.stage(stage.name, stage.steps, under_way.done)
                 if under_way.done == 0 and under_way.saved is None:
@@ -102,6 +106,8 @@ def run(
                 at = under_way.at
                 if under_way.ended_with("stop"):
                     break
+                if number + 1 < len(setup.stages):
+                    moments = under_way.hand_over(setup.stages[number + 1])
         if processes.first:
             line = policy.export(folder / "weights", under_way.stage.evaluate.weights)
             total = {"seconds/total": time.monotonic() - started}

@@ -6,6 +6,7 @@ One loop for all algorithms. A stage is one such loop; a curriculum is stages in
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +89,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Until:
-    """End a stage before its steps are over: once an evaluation's `metric` is above a number.
+    """End a stage before its steps are over: once an evaluation's `metric` is above a number, or rises no more.
+
+    plateau: that many evaluations in a row that are not above the best before them by more than `least`.
 
     The metric `seconds` is the stage's training time, evaluations and checkpoints not counted, and `cpu_seconds` the
     processor's time for it, which hardly depends on what else the machine does: how many steps fit in is then the
@@ -96,7 +99,27 @@ class Until:
     """
 
     metric: str
-    above: float
+    above: float | None = None
+    plateau: int | None = None  # evaluations
+    least: float = 0.0  # what counts as a rise
+
+    def __post_init__(self) -> None:
+        if (self.above is None) == (self.plateau is None):
+            raise ValueError("until needs one of `above`, a number, and `plateau`, a number of evaluations")
+        if self.plateau is not None and self.plateau < 1:
+            raise ValueError(f"plateau must be 1 evaluation or more, not {self.plateau}")
+        if self.plateau is not None and self.metric in TIMES:
+            raise ValueError(f"{self.metric} always rises: it has no plateau. Give `above`")
+        if not (math.isfinite(self.least) and self.least >= 0) or (self.least and self.plateau is None):
+            raise ValueError(f"least is what a plateau's metric must rise by, 0 or more, not {self.least}")
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a stage takes over from the one before, beside the policy itself."""
+
+    weights: Literal["current", "ema"] = "current"  # it goes on from the last weights, or from their average
+    optimizer: bool = False  # the optimiser's moments; the learning rate's schedule begins anew
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,7 @@ class Stage:
     evaluate: Evaluation
     steps: int
     until: Until | None = None
+    carry: Carry = field(default_factory=Carry)
     anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
     total: Total = field(default_factory=Total)  # how the rewards become one number
     monitors: Monitors = field(default_factory=Monitors)
@@ -196,6 +220,7 @@ class Run:
         self.spent = dict.fromkeys(TIMES, 0.0)  # on this stage's steps so far
         self.over = False
         self.goal_reached = False  # the stage's `until`
+        self.flat: dict[str, float] = {}  # of its plateau: the best so far, and evaluations since
         self.saved: int | None = None  # `done` of the newest checkpoint
         self.stop = stop or Stop()
         self.monitors = Watch(stage.monitors)
@@ -362,9 +387,22 @@ class Run:
 
     def out_of_time(self) -> bool:
         until = self.stage.until
-        if until is None or not self.timed_by_the_clock:
+        if until is None or until.above is None or not self.timed_by_the_clock:
             return False
         return self.processes.any(self.spent[until.metric] > until.above)
+
+    def reached(self, row: Mapping[str, Any]) -> bool:
+        """Whether an evaluation ends the stage."""
+        until = self.stage.until
+        if until is None:
+            return False
+        value = float(row.get(until.metric, float("-inf")))
+        if until.above is not None:
+            return value > until.above
+        best = self.flat.get("best", float("-inf"))
+        rises = value > best + until.least
+        self.flat = {"best": max(best, value), "since": 0 if rises else self.flat.get("since", 0) + 1}
+        return self.flat["since"] >= (until.plateau or 0)
 
     def evaluate(self, end: bool, restored: int | None = None) -> bool:
         """Score the held-out prompts. True when the stage's goal, `until`, is reached.
@@ -393,8 +431,7 @@ class Run:
             self.watched(row, samples, scores)
         else:
             self.tracker.write(row | {"restored": restored})
-        until = self.stage.until
-        return until is not None and row.get(until.metric, float("-inf")) > until.above
+        return restored is None and self.reached(row)
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
         plan = showing(self.stage, self.policy)
@@ -449,6 +486,15 @@ class Run:
                 "a shorter window or rewards without extremes are the usual cures.",
             ) from error
 
+    def take_over(self, moments: Mapping[str, Tensor] | None) -> None:
+        """Begin a stage: with the moments of the optimiser before it, if there are any. The average begins anew."""
+        if moments is not None:
+            self.learner.load_state(moments, {"updates": 0})
+        if self.stage.learner.ema is None:
+            self.policy.drop("ema")
+        else:
+            self.policy.keep("ema")
+
     def anchor(self) -> None:
         """Make the set that the algorithm measures its KL from. A copy of the stage's start is in the checkpoints."""
         if not self.algorithm.needs().reference:
@@ -472,6 +518,7 @@ class Run:
                 "done": self.done,
                 "spent": self.spent if self.timed_by_the_clock else None,  # else a run's files would differ by it
                 "reached": asdict(self.stage.until) if self.stage.until and self.goal_reached else None,
+                "flat": self.flat,
                 "monitors": self.monitors.memory,
                 "ended_by": self.ended_by,
                 "learner": numbers,
@@ -496,6 +543,12 @@ class Run:
         if not any(name.startswith("policy/reference/") for name in saved.tensors):
             self.anchor()
 
+    def hand_over(self, following: Stage) -> dict[str, Tensor] | None:
+        """End a stage as the one behind it wants to begin: the optimiser's moments, if it takes them."""
+        if following.carry.weights == "ema":
+            self.policy.adopt("ema")
+        return self.learner.state()[0] if following.carry.optimizer else None
+
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.done = self.saved = int(saved.numbers["done"])
         self.offset = saved.at - self.done
@@ -503,6 +556,7 @@ class Run:
         # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.
         until = asdict(self.stage.until) if self.stage.until else None
         self.goal_reached = until is not None and until == saved.numbers["reached"]
+        self.flat = saved.numbers.get("flat", {})
         self.monitors.memory = saved.numbers.get("monitors", {})
         # Whoever changes a monitor that has ended the stage wants it to go on.
         ended_by = saved.numbers.get("ended_by", {})

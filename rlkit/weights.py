@@ -131,6 +131,14 @@ class Weights(ABC):
         """Remember the weights as the backbone gave them, before any training."""
         self.base = self._stored(self.snapshot())
 
+    @torch.no_grad()
+    def adopt(self, name: str) -> None:
+        """Go on with the weights of a set as the current ones."""
+        for key, parameter in self.trainable.items():
+            parameter.copy_(self.sets[name][key])
+        self.updated()
+        self._note_copy(name, True)
+
     def drop(self, name: str) -> None:
         self.sets.pop(name, None)
         self.copies.pop(name, None)

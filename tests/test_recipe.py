@@ -12,6 +12,7 @@ from rlkit.data import PairFile
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError
 from rlkit.rollouts.dataset import Dataset
 from rlkit.total import Gate, Total
+from rlkit.trainer import Carry
 from rlkit.types import Needs
 
 QUICKSTART = registry.recipes()["quickstart"]
@@ -283,7 +284,18 @@ OVERRIDES = {  # override, then the words of the message
     "no steps": ("stages.main.steps=0", "stages.main", "steps must be 1 or more, not 0"),
     "a rule": ("stages.main.expect.held_out/strict=up", "expect.held_out/strict", "'up' is no rule", "before"),
     "a limit that nothing measures": ("stages.main.until={metric: strict, above: 1}", "until.metric", "held_out/"),
-    "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "'above'"),
+    "a limit that no reward gives": (
+        *("stages.main.until={metric: held_out/stric, above: 1}", "until.metric", "Did you mean 'strict'"),
+        "held_out/graded",
+    ),
+    "a limit without evaluations": (
+        *("stages.main={until: {metric: held_out/strict, above: 1}, evaluate: {every: 0}}", "until.metric"),
+        "nothing is evaluated before its last step",
+    ),
+    "two limits": ("stages.main.until={metric: held_out/strict, above: 1, plateau: 2}", "until", "one of `above`"),
+    "a plateau of time": ("stages.main.until={metric: seconds, plateau: 2}", "until", "always rises"),
+    "nothing to carry": ("stages.main.carry={optimizer: true}", "stages.main.carry", "none before it"),
+    "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "one of `above`"),
     "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
     "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),
 }
@@ -422,6 +434,18 @@ def test_rewards_may_read_only_what_the_data_gives():
     message = misfit(rewards=(reward,))
     assert message.startswith("stages.main.rewards.edit: reads 'source image'")
     assert "prompt" in message
+
+
+def test_what_a_stage_takes_over_must_be_there():
+    setup = recipe.read("quickstart")
+    first = dataclasses.replace(setup.stages[0], learner=dataclasses.replace(setup.stages[0].learner, ema=None))
+    plain_evaluation = dataclasses.replace(first.evaluate, weights="current")
+    first = dataclasses.replace(first, evaluate=plain_evaluation)
+    second = dataclasses.replace(first, name="next", carry=Carry(weights="ema"))
+    plain = {**setup.recipe, "stages": {"main": setup.recipe["stages"]["main"], "next": setup.recipe["stages"]["main"]}}
+    with pytest.raises(RecipeError, match="keeps no average") as refused:
+        recipe.check(dataclasses.replace(setup, stages=(first, second), recipe=plain))
+    assert "stages.main.learner.ema" in str(refused.value)
 
 
 def test_a_reward_may_be_used_twice_and_only_for_evaluation():

@@ -58,7 +58,7 @@ def build(stages=None, train=None, **options):
     for name, changes in (stages or {"main": {}}).items():
         described[name] = {
             key: {**STAGE.get(key, {}), **changes[key]}
-            if isinstance(changes.get(key), dict) and key not in ("rewards", "until")
+            if isinstance(changes.get(key), dict) and key not in ("rewards", "until", "carry")
             else changes.get(key, STAGE.get(key))
             for key in {**STAGE, **changes}
         }
@@ -229,6 +229,59 @@ def test_a_stage_ends_early_once_its_goal_is_reached(tmp_path):
     ]
 
 
+def test_a_stage_ends_once_its_goal_rises_no_more_and_a_resumed_one_remembers_how_long(tmp_path):
+    """Evaluations .1 (before the first step), .3, .35, .36, .2: with least .1, only the second is a rise."""
+    values = iter([0.1, 0.3, 0.35, 0.36, 0.2, 0.9, 0.35, 0.36, 0.2])
+
+    class Evaluated:
+        def __call__(self, samples):
+            return brightness(samples) * 0 + (next(values) if len(samples) == 16 else brightness(samples))
+
+    until = {"metric": "held_out/reward", "plateau": 3, "least": 0.1}
+    setup = rewarded(build({"main": {"steps": 9, "until": until, "evaluate": {"every": 1}}}), Evaluated())
+    rows = go(setup, tmp_path / "whole")
+    assert [row["step"] for row in of(rows, "evaluation")] == [0, 1, 2, 3, 4]
+    next(values)
+    again = go(setup, cut(tmp_path / "whole", tmp_path / "run", at=1), resume=True)
+    assert [row["step"] for row in of(again, "evaluation")] == [0, 1, 2, 3, 4]
+
+
+def test_a_stage_goes_on_from_the_average_or_the_last_weights_of_the_one_before(tmp_path):
+    """And an average begins anew with each stage, or is gone with one that keeps none."""
+    kept = {"learner": {"ema": 0.9}, "steps": 2}
+
+    def begun(name, carry):
+        setup = build({"first": kept, "second": {"learner": {"lr": 1e-30}, "carry": carry, "steps": 1}})
+        go(setup, tmp_path / name)
+        ended = checkpoint._load(tmp_path / name / "checkpoints" / "000002").tensors
+        return ended, checkpoint.newest(tmp_path / name).tensors
+
+    ended, last = begun("ema", {"weights": "ema"})
+    names = [name for name in last if name.startswith("policy/current/")]
+    average = {name: ended[name.replace("/current/", "/ema/")] for name in names}
+    assert all(torch.equal(last[name], average[name]) for name in names)
+    assert not all(torch.equal(ended[name], average[name]) for name in names)
+    assert not any(name.startswith("policy/ema/") for name in last)
+    ended, last = begun("current", {})
+    assert all(torch.equal(last[name], ended[name]) for name in names)
+    setup = build({"first": kept, "second": {**kept, "learner": {"lr": 1e-30, "ema": 0.9}, "steps": 1}})
+    go(setup, tmp_path / "anew")
+    last = checkpoint.newest(tmp_path / "anew").tensors
+    assert all(torch.equal(last[name], last[name.replace("/current/", "/ema/")]) for name in names)
+
+
+def test_a_stage_may_take_over_the_moments_of_the_optimiser(tmp_path):
+    def moments(carry):
+        slow = {"learner": {"lr": 1e-30}, "steps": 1, "carry": carry}
+        folder = tmp_path / str(len(carry))
+        go(build({"first": {"steps": 2}, "second": slow}), folder)
+        last = checkpoint.newest(folder).tensors
+        return next(value for name, value in last.items() if name.startswith("optimizer/step/"))
+
+    # Two updates a step; AdamW counts on, the schedule of the rate does not.
+    assert (float(moments({"optimizer": True})), float(moments({}))) == (6.0, 2.0)
+
+
 @pytest.mark.parametrize("metric", ["seconds", "cpu_seconds"])
 def test_a_stage_may_end_by_its_training_time_and_remembers_it(metric, tmp_path):
     goal = {"metric": metric, "above": 1e-9}
@@ -265,7 +318,8 @@ VARIANTS = {  # how both stages of three steps are trained, and what trains
 def unbroken(request, tmp_path_factory):
     """A run of two stages with every checkpoint kept: (setup, folder, rows)."""
     stage, train = VARIANTS[request.param]
-    setup = build({"first": {**stage, "steps": 3}, "second": {**stage, "steps": 3}}, train=train)
+    carry = {"carry": {"weights": "ema", "optimizer": True}} if request.param == "ema" else {}
+    setup = build({"first": {**stage, "steps": 3}, "second": {**stage, **carry, "steps": 3}}, train=train)
     folder = tmp_path_factory.mktemp(request.param) / "run"
     return setup, folder, go(setup, folder)
 

@@ -1,0 +1,90 @@
+"""How the stages of a recipe follow each other: what ends one, what is expected of it, and what the next takes over.
+
+A stage that waits for a number which no evaluation gives would wait to its last step, and nothing would show why: it
+is refused here, before anything runs. What is expected is only reported, and may go unmeasured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlkit.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from rlkit.trainer import Setup, Stage
+
+
+def check(setup: Setup) -> None:
+    """RecipeError for a stage that cannot end as it says, or cannot begin where the one before ended."""
+    before: Stage | None = None
+    for stage in setup.stages:
+        _check_ending(stage, setup.recipe["stages"][stage.name]["expect"])
+        _check_carry(stage, before)
+        before = stage
+
+
+def measured(stage: Stage) -> tuple[str, ...] | None:
+    """The columns of an evaluation, as far as they are known beforehand; None: a reward does not say what it gives."""
+    from rlkit.record import column_of
+
+    names = [one.name for one in stage.rewards]
+    own = {one.name: getattr(one.reward, "components", None) for one in stage.rewards}
+    if any(parts is None for parts in own.values()):
+        return None
+    components: Mapping[str, Any] = {f"{name}/{part}": None for name, parts in own.items() for part in parts or ()}
+    return ("reward", *(names if len(names) > 1 else ()), *(column_of(one, components) for one in components))
+
+
+def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
+    from rlkit.tracking import HELD_OUT, Expectation
+    from rlkit.trainer import TIMES
+
+    where = f"stages.{stage.name}"
+    for metric, rule in expect.items():
+        Expectation.parse(rule, where=f"{where}.expect.{metric}")
+    until = stage.until
+    if until is None or until.metric in TIMES:
+        return
+    if not until.metric.startswith(HELD_OUT):
+        what = f"a stage ends on what an evaluation measures, not on {until.metric!r}."
+        hint = f"Write for instance {HELD_OUT}strict, or {TIMES[0]} for its training time."
+        raise RecipeError(what, where=f"{where}.until.metric", hint=hint)
+    _check_measured(stage, until.metric, f"{where}.until.metric")
+    if not stage.evaluate.held_out or not stage.evaluate.every:
+        what = f"the stage waits for {until.metric!r}, and nothing is evaluated before its last step."
+        raise RecipeError(what, where=f"{where}.until.metric", hint=f"Set {where}.evaluate.every and .held_out.")
+
+
+def _check_measured(stage: Stage, metric: str, where: str) -> None:
+    """That an evaluation of this stage gives the number; `NAME/KIND` is that of one kind of prompt, and not looked
+    into."""
+    from rlkit.tracking import HELD_OUT
+
+    known = measured(stage)
+    if known is None:
+        return
+    name = metric.removeprefix(HELD_OUT).removesuffix("_se")
+    if name not in known and name.rpartition("/")[0] not in known:
+        what = f"no evaluation of stage {stage.name!r} gives {metric!r}.{nearest(name, known)}"
+        raise RecipeError(what, where=where, hint=f"It gives: {', '.join(HELD_OUT + one for one in known)}.")
+
+
+def _check_carry(stage: Stage, before: Stage | None) -> None:
+    from rlkit.trainer import Carry
+
+    where = f"stages.{stage.name}.carry"
+    if before is None:
+        if stage.carry != Carry():
+            raise RecipeError("the first stage has none before it.", where=where, hint="Leave it out.")
+        return
+    if stage.carry.weights == "ema" and before.learner.ema is None:
+        what = f"stage {before.name!r} keeps no average of its weights."
+        hint = f"Set stages.{before.name}.learner.ema, for instance to 0.99."
+        raise RecipeError(what, where=f"{where}.weights", hint=hint)
+    if stage.carry.optimizer and dict(stage.train) != dict(before.train):
+        what = f"stage {before.name!r} trains other parts, or other weights of them: its moments are not of these."
+        raise RecipeError(what, where=f"{where}.optimizer", hint="Leave it out, or train the same in both.")
+
+
+__all__ = ["check", "measured"]
