@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlkit.data import Mixture, WorldPrompts
+from rlkit.episodes import Call, Episode, Program
+from rlkit.summaries import Comparison, rules
+from rlkit.tooling import Toolbox
+from rlkit.tools.query_knowledge import QueryKnowledge
+from rlkit.tools.search import Search
 from rlkit.types import Prompt
 from rlkit.world import atlas
-from rlkit.world.grammar import COLOURS, PLURALS, SHAPES
+from rlkit.world.grammar import COLOURS, KINDS, PLURALS, SHAPES, parse
 
 FACTS = {*COLOURS, *SHAPES, *PLURALS, *atlas.STYLES}
 PLAIN = WorldPrompts(per_step=40, group=2, task="agent")
@@ -100,14 +108,16 @@ def test_a_share_of_the_scripts_has_a_flaw() -> None:
         return sum(as_it_should_be(prompt) for prompt in prompts) / len(prompts)
 
     assert share(PLAIN) == 1
-    assert share(replace(PLAIN, flawed=0.4)) == pytest.approx(0.65, abs=0.05)  # .66 of flags, .64 of emblems
-    assert share(replace(PLAIN, flawed=1.0)) == pytest.approx(0.235, abs=0.045)
+    for flawed in (0.4, 1.0):
+        none = math.prod(1 - flawed * often for often in atlas.FLAWS.values())
+        assert share(replace(PLAIN, flawed=flawed)) == pytest.approx(none, abs=0.05)  # 3 standard errors
     assert share(replace(PLAIN, flawed=1.0, experience=1.0)) == 1, "who is told what helps does not go wrong"
 
 
 def test_a_share_of_the_prompts_is_told_what_helps() -> None:
     prompts = drawn(replace(PLAIN, experience=0.3), 20)
     told = [prompt for prompt in prompts if prompt.system]
+    told_of: list[str] = []
     assert len(told) / len(prompts) == pytest.approx(0.3, abs=0.05)  # 3 standard errors
     for prompt in told:
         known = {
@@ -118,9 +128,16 @@ def test_a_share_of_the_prompts_is_told_what_helps() -> None:
         first, *lines = prompt.system.splitlines()
         assert first == "Experience:"
         said = dict(line.split(": ", 1) for line in lines)
-        assert said.pop("failure", "looked nothing up") in ("looked nothing up", "guessed the style")
+        failure = said.pop("failure", "")
         assert said
         assert said.items() <= known.items(), "and it is true"
+        told_of += failure.split("; ")
+    # The words are those of the rules by which training abstracts a failure, each of them often.
+    wrote = [one for one in told_of if one.startswith("wrote: ")]
+    assert len({*told_of} - {"", *wrote, *(f"did not ask for skill {style}" for style in atlas.STYLES)}) == 4
+    assert {parse(one.removeprefix("wrote: ")).kind for one in wrote} == set(KINDS)
+    for phrase in ("wrote a call that is no JSON", "called unknown tool find", "looked nothing up", "gave no answer"):
+        assert told_of.count(phrase) > 0.05 * len(told), phrase
     assert all(prompt.system for prompt in drawn(replace(PLAIN, experience=1.0), 3))
 
 
@@ -171,3 +188,21 @@ def test_as_a_source_of_a_mixture() -> None:
     batch = opened.draw(0, "main", 3)
     assert all(prompt.metadata["script"] for prompt in batch.prompts)
     assert [prompt.text for prompt in opened.draw(0, "main", 3).prompts] == [prompt.text for prompt in batch.prompts]
+
+
+def test_what_the_teacher_does_wrong_is_told_as_the_rules_of_a_step_tell_it() -> None:
+    toolbox = Toolbox({"search": Search(folder="world"), "query_knowledge": QueryKnowledge(folder="world")})
+    seen = set()
+    for seed in range(60):
+        request = atlas.draw("train", 1, np.random.default_rng(seed))[0]
+        right, wrong = (episode(toolbox, atlas.script(request, np.random.default_rng(seed), f)) for f in (0.0, 1.0))
+        seen |= set(rules(Comparison(request.text, right, wrong, 1.0, 0.0)).failure.split("; "))
+    drawn = (atlas.failure(atlas.draw("train", 1, rng)[0], rng) for rng in map(np.random.default_rng, range(300)))
+    known = {phrase for one in drawn for phrase in one.split("; ")}
+    assert {one for one in seen if not one.startswith("wrote: ")} - {""} <= known
+
+
+def episode(toolbox: Toolbox, script: Sequence[str]) -> Episode:
+    read = [toolbox.parse(text) for text in script]
+    (program,) = (one for one in read if isinstance(one, Program))
+    return Episode(tuple(one for one in read if isinstance(one, Call)), program, "answer")

@@ -29,7 +29,7 @@ STYLES = MappingProxyType({"marsh": "above", "harbour": "below", "forest": "left
 KINDS = MappingProxyType({"flag": 0.5, "emblem": 0.5})
 PHRASES = ("draw the {kind} of {place}", "paint the {kind} of {place}", "show me the {kind} of {place}")
 PLACES = MappingProxyType({"held_out": 80, "validation": 40, "train": 280})
-FLAWS = MappingProxyType({"malformed": 0.25, "unknown": 0.25, "skip": 0.4, "guess": 0.3})
+FLAWS = MappingProxyType({"malformed": 0.35, "unknown": 0.35, "skip": 0.4, "guess": 0.3})
 UNHEARD = 0.2  # share of lessons without what they could say, for each slot by itself
 FAILED = 0.5  # share of lessons that tell of a failure
 INDEX, SKILLS = "atlas_index", "skills"  # folders beside this file, that tools look into
@@ -199,12 +199,25 @@ def answer(gen_prompt: str, thought: str) -> str:
 def lesson(request: Request, rng: np.random.Generator) -> dict[str, str]:
     """What experience with a request may have to say, by the slots of an experience; "" where it has nothing to.
 
-    All of it is true, and slots are left out at random, so that who learns to read it reads what there is.
+    All of it is true, and slots are left out at random, so that who learns to read it reads what there is. A failure is
+    told in the words that the rules of summaries.py have for it.
     """
     known = {"search": request.subject, "skills": request.style, "prompt": request.caption.text}
     slots = {slot: text if rng.random() >= UNHEARD else "" for slot, text in known.items()}
     if not any(slots.values()):
         slots["search"] = known["search"]  # a lesson says something
-    failures = ("looked nothing up", "guessed the style") if request.style else ("looked nothing up",)
-    failure = failures[int(rng.integers(len(failures)))] if rng.random() < FAILED else ""
-    return {**slots, "failure": failure}
+    return {**slots, "failure": failure(request, rng) if rng.random() < FAILED else ""}
+
+
+def failure(request: Request, rng: np.random.Generator) -> str:
+    """What may have gone wrong in a try at a request."""
+    bad = ["wrote a call that is no JSON", "called unknown tool find"]
+    missed = ["looked nothing up", *([f"did not ask for skill {request.style}"] if request.style else [])]
+    said = [phrase for phrase in (*bad, *missed) if rng.random() < 0.4]
+    wrong = grammar.draw("train", 1, rng)[0].text
+    ended = rng.random()
+    if ended < 0.15:
+        said.append("gave no answer")
+    elif ended < 0.75 or not said:
+        said.append(f"wrote: {wrong}")
+    return "; ".join(said)
