@@ -34,6 +34,7 @@ from rlkit import (
     reward_server,
     rollout_server,
     sources,
+    sweep,
     unified_bench,
 )
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
@@ -378,6 +379,8 @@ def _describe(options: argparse.Namespace) -> int:
         raise PluginError(f"nothing is called {options.name!r}.{nearest(options.name, names)}", hint=hint)
     for one in found:
         one["description"] = _description(one)
+        if one["kind"] == "tools":
+            one["arguments"] = _arguments(one["name"])
     if options.json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2, default=str))
         return 0
@@ -385,6 +388,8 @@ def _describe(options: argparse.Namespace) -> int:
         print(f"{one['name']} ({one['kind'].removesuffix('s')}, {one['source']})\n\n{one['description']}")
         if one["kind"] == "rewards":
             print("\n".join(["", "card:", *_card(one["constants"])]))
+        if one["kind"] == "tools":
+            print("\n".join(["", "an agent gives it:", *_given(one["arguments"])]))
         if one.get("options"):
             print("\noptions:")
         for option in one.get("options", ()):
@@ -411,6 +416,22 @@ def _card(constants: Mapping[str, Any]) -> list[str]:
         "weights": constants.get("size", ""),
     }
     return [f"  {name}: {text}" for name, text in lines.items() if text]
+
+
+def _arguments(tool: str) -> dict[str, Any]:
+    """What an agent gives it, as a JSON schema."""
+    from rlkit import schemas
+
+    try:
+        return schemas.schema(registry.load("tools", tool), tool).json
+    except (RlkitError, ValueError) as error:  # a third party's that cannot be imported, or is no tool
+        return {"error": str(error)}
+
+
+def _given(schema: Mapping[str, Any]) -> list[str]:
+    """Its arguments, a line each, as JSON schemas."""
+    listed = schema.get("properties", schema)
+    return [f"  {name}: {json.dumps(kind, ensure_ascii=False)}" for name, kind in listed.items()] or ["  nothing"]
 
 
 def _description(one: Mapping[str, Any]) -> str:
@@ -537,6 +558,13 @@ def _pretrain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pretrain_agent(options: argparse.Namespace) -> int:
+    from rlkit.pretrain_agent import Reading, pretrain_agent
+
+    pretrain_agent(options.out, _settings(Reading, options, "pretrain-agent"))
+    return 0
+
+
 def _pretrain_captioner(options: argparse.Namespace) -> int:
     from rlkit.pretrain_captioner import Captioning, pretrain_captioner
 
@@ -624,6 +652,7 @@ COMMANDS = {
         "Time pushes of weights to vLLM, and compare log-probs.", bench_sync.arguments, bench_sync.run
     ),
     "arena": Command("Compare algorithms with one budget of training time.", arena.arguments, arena.run),
+    "sweep": Command("Run the trials of a W&B sweep file on this machine.", sweep.arguments, sweep.run),
     "serve-reward": Command(
         "Serve a reward to runs on this or other machines.", reward_server.arguments, reward_server.run
     ),
@@ -632,6 +661,9 @@ COMMANDS = {
     ),
     "merge": Command("Mix the weights of several runs.", merge.arguments, merge.run),
     "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),
+    "pretrain-agent": Command(
+        "Make the embedded world's agent from nothing: it reads and copies.", _pretrain_arguments, _pretrain_agent
+    ),
     "pretrain-captioner": Command(
         "Make the embedded world's captioner from nothing.", _pretrain_arguments, _pretrain_captioner
     ),

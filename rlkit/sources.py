@@ -137,6 +137,8 @@ def _files(path: Path, children: tuple[Path, ...]) -> Iterator[Source]:
     if not isinstance(parents, list) or not all(isinstance(one, str) for one in parents):
         hint = "Write for instance defaults: [quickstart, _self_]"
         raise RecipeError("must be a list of recipes.", where=f"{name}:{lines[('defaults',)]}: defaults", hint=hint)
+    if "program" in values and "parameters" in values:
+        raise RecipeError("this is a sweep, and no recipe.", where=name, hint=f"Run it with rlkit sweep {name}")
     try:
         known(values, TOP)
     except RecipeError as error:
