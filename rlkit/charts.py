@@ -231,6 +231,7 @@ class Sheet:
     height: int
     given: int
     columns: int
+    drawn: bool  # false: the picture of a tile is what its sample, a text, was written about
     items: tuple[dict[str, Any], ...]
 
     @property
@@ -252,7 +253,7 @@ def sheets(folder: Path) -> list[Sheet]:
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             _open(picture)
-            numbers = {name: known[name] for name in ("at", "stage", "width", "height", "given", "columns")}
+            numbers = {name: known[name] for name in ("at", "stage", "width", "height", "given", "columns", "drawn")}
             found.append(Sheet(picture, items=tuple(known["items"]), **numbers))
         except (OSError, ValueError, KeyError):
             continue

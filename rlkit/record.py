@@ -157,7 +157,8 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(name.with_suffix(".png"))
     described = {"stage": row["stage"], "step": row["step"], "at": row["at"]}
-    described |= {"width": width, "height": height, "given": given, "columns": COLUMNS, "items": items}
+    described |= {"width": width, "height": height, "given": given, "columns": COLUMNS}
+    described |= {"drawn": not written, "items": items}
     name.with_suffix(".json").write_text(json.dumps(described, indent=1))
     return name.with_suffix(".png")
 

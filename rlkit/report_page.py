@@ -201,16 +201,15 @@ def pictures(pair: Sequence[Sheet]) -> str:
         return [*old, *new[-1:]] if first is not last else list(old)
 
     cells = "".join(
-        _picture(first.items[old], last.items[new], way, tiles_of(old_tile, new_tile), first.given)
+        _picture(first.items[old], last.items[new], way, tiles_of(old_tile, new_tile), last.drawn)
         for (old, new), way, old_tile, new_tile in zip(matched, ways, olds, news, strict=True)
     )
     beside = "What was given, then: " if first.given else ""
     note = f"{beside}Step {first.at:,}."
     if first is not last:
         sides = "step {}, step {}" if first.given else "Left: step {}. Right: step {}"
-        written = "text" in last.items[0] and not first.given
-        sides = "Said of each picture: step {} → step {}" if written else sides
-        many = f"{len(ways)} {'texts' if written else 'pictures'}"
+        sides = sides if last.drawn else "Said of each picture: step {} → step {}"
+        many = f"{len(ways)} {'pictures' if last.drawn else 'texts'}"
         note = f"{beside}{sides.format(f'{first.at:,}', f'{last.at:,}')}. Of these {many}, "
         note += f"{ways.count('better')} got better and {ways.count('worse')} got worse."
     small = "pixels" if first.small and last.small else ""
@@ -229,12 +228,14 @@ def _compare(before: Row, after: Row) -> str:
     return ""
 
 
-def _picture(before: Row, after: Row, way: str, images: Sequence[str], given: int) -> str:
+def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bool) -> str:
     prompt = escape(str(after.get("prompt", "")))
-    if "text" in after:  # what was said; where nothing was drawn, the picture is what it is about
+    if "text" in after:  # what was said, of a request if there was one
         words = [str(one.get("text", "")) for one in ((before, after) if before is not after else (after,))]
-        prompt = " → ".join(escape(one) or "–" for one in words)
-        images = images if given else images[-1:]
+        said = " → ".join(escape(one) or "–" for one in words)
+        prompt = f"{prompt}: {said}" if prompt else said
+    if not drawn:
+        images = images[-1:]
     style = f' style="width: calc({100 / len(images):.2f}% - 6px)"' if len(images) > 2 else ""
     shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlkit import recipe, registry
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
+from rlkit.episodes import Call, Episode
 from rlkit.errors import RlkitError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
@@ -27,7 +28,7 @@ from rlkit.weights import Lora
 from rlkit.world import grammar, scenes
 
 CPU = torch.device("cpu")
-CAN_READ = {"prompt", "source", "references", "target_text", "metadata", "text"}
+CAN_READ = {"prompt", "source", "references", "target_text", "metadata", "text", "episode"}
 RECIPES_OWN = {one.name for one in dataclasses.fields(recipe._Use)}  # words by which a recipe means its own
 CAN_GIVE = {"path", "log_prob", "previews", "preference", "tokens", "turns"}
 MakeContext = Callable[..., Context]
@@ -71,7 +72,7 @@ def test_options_have_a_default_or_a_description_and_survive_yaml(entry: registr
     undocumented = [one.name for one in entry.fields if one.default is None and not one.doc]
     assert not undocumented, "an option that must be given says what it is, behind it or below it"
     one = build(entry)
-    options = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.init}
+    options = recipe._plain(one)
     assert registry.build(entry.kind, entry.name, json.loads(json.dumps(options))) == one
 
 
@@ -96,11 +97,15 @@ def world_samples(size: int = 6) -> Samples:
 
 
 def samples_for(entry: registry.Entry) -> Samples:
-    """The world's pictures, or, for a reward that reads texts, what was said of them."""
+    """The world's pictures, or, for a reward that reads texts, what was said of them; for one of agents, episodes."""
     drawn = world_samples()
+    if "episode" in entry.constants["reads"]:
+        calls = (Call("", "search"), Call("", invalid="no JSON"), Call("", "search", failed=True))
+        return replace(drawn, episodes=tuple(Episode(calls[: i % 4], None, "turns") for i in range(len(drawn))))
     if "text" not in entry.constants["reads"]:
         return drawn
-    prompts = tuple(replace(one, source=picture) for one, picture in zip(drawn.prompts, drawn.media, strict=True))
+    both = zip(drawn.prompts, drawn.media, strict=True)
+    prompts = tuple(replace(one, source=own, metadata={"caption": one.text}) for one, own in both)
     return replace(drawn, media=torch.zeros(len(drawn), 0), prompts=prompts, texts=tuple(one.text for one in prompts))
 
 

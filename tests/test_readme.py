@@ -40,7 +40,7 @@ def test_every_command_exists_and_names_a_recipe_that_composes(words: list[str])
         assert cli.main(["check", words[1], *settings]) == 0
 
 
-@pytest.mark.parametrize("kind", ["algorithms", "rewards", "backbones", "rollouts"])
+@pytest.mark.parametrize("kind", ["algorithms", "rewards", "backbones", "rollouts", "tools"])
 def test_the_tables_are_what_the_registry_says(kind: str) -> None:
     rows = [f"| `{entry.name}` | {entry.summary} |" for entry in registry.describe(kind) if entry.source == "built in"]
     assert "\n".join(rows) in README, "the README's table should read:\n" + "\n".join(rows)

@@ -146,7 +146,7 @@ def test_what_a_prompt_came_with_stands_beside_its_picture(samples_of: MakeSampl
     samples = replace(samples, prompts=(replace(first, source=flat[0]), replace(second, references=tuple(flat))))
     file = write_sheet(tmp_path, {"stage": "main", "step": 0, "at": 0}, samples, scores_of([[1.0], [0.0]], [1.0]))
     known = json.loads(file.with_suffix(".json").read_text())
-    assert (known["width"], known["height"], known["given"]) == (4, 4, 2)
+    assert (known["width"], known["height"], known["given"], known["drawn"]) == (4, 4, 2, True)
     pixels = np.asarray(Image.open(file))
     assert pixels.shape == (4, COLUMNS * 12, 3)
     assert [int(pixels[0, 4 * cell, 0]) for cell in range(6)] == [51, 0, 153, 51, 102, 153]
@@ -188,6 +188,6 @@ def test_what_was_written_is_on_the_sheet_with_what_it_is_about(samples_of: Make
     file = write_sheet(tmp_path, {"stage": "main", "step": 0, "at": 0}, samples, scores_of([[1.0], [0.0]], [1.0]))
     known = json.loads(file.with_suffix(".json").read_text())
     assert [item["text"] for item in known["items"]] == ["a dark one", "a light one"]
-    assert known["given"] == 0
+    assert (known["given"], known["drawn"]) == (0, False)
     pixels = np.asarray(Image.open(file))
     assert (int(pixels[0, 0, 0]), int(pixels[0, 4, 0])) == (51, 153)

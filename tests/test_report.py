@@ -96,6 +96,7 @@ def sheet(folder: Path, at: int, colour: tuple[int, int, int], strict: float, ti
         "height": tile,
         "given": 0,
         "columns": 2,
+        "drawn": True,
         "items": items,
     }
     (folder / "samples" / f"{at:06d}.json").write_text(json.dumps(known))
@@ -306,7 +307,7 @@ def test_what_was_given_and_pictures_that_are_not_square_are_cut_where_they_lie(
     picture.paste((0, 0, 255), (0, 4, 6, 8))  # and what it was made from
     picture.save(tmp_path / "samples" / "000001.png")
     items = [{"prompt": str(i), "seed": i} for i in range(3)]
-    known = {"stage": "main", "at": 1, "width": 6, "height": 4, "given": 1, "columns": 2, "items": items}
+    known = {"stage": "main", "at": 1, "width": 6, "height": 4, "given": 1, "columns": 2, "drawn": True, "items": items}
     (tmp_path / "samples" / "000001.json").write_text(json.dumps(known))
     (sheet,) = charts.sheets(tmp_path)
     ((given, made),) = charts.tiles(sheet, [2])
@@ -323,12 +324,25 @@ def test_texts_are_shown_beside_what_they_are_about(finished: Path) -> None:
         sheet(finished, at, RED, 0.0)
         file = finished / "samples" / f"{at:06d}.json"
         known = json.loads(file.read_text())
-        known["items"] = [item | {"text": text} for item in known["items"]]
+        known |= {"items": [item | {"text": text} for item in known["items"]], "drawn": False}
         file.write_text(json.dumps(known))
     page = report_page.pictures(charts.pair(charts.sheets(finished)))
     assert "a red &lt;circle&gt; → a blue circle" in page
     assert "Said of each picture: step 0 → step 4. Of these 3 texts" in page
     assert page.count("<img") == 3, "one picture each: it is the same before and after"
+
+
+def test_what_an_agent_drew_stands_with_the_request_and_what_it_told_the_generator(finished: Path) -> None:
+    for at, text in ((0, ""), (4, "a blue circle")):
+        sheet(finished, at, RED, 0.0)
+        file = finished / "samples" / f"{at:06d}.json"
+        known = json.loads(file.read_text())
+        known["items"] = [item | {"prompt": "the flag of Kesh Bay", "text": text} for item in known["items"]]
+        file.write_text(json.dumps(known))
+    page = report_page.pictures(charts.pair(charts.sheets(finished)))
+    assert "the flag of Kesh Bay: – → a blue circle" in page
+    assert page.count("<img") == 6, "before and after"
+    assert "Of these 3 pictures" in page
 
 
 def test_a_run_of_several_tasks_is_summed_up_by_its_last_one(tmp_path: Path) -> None:
