@@ -126,8 +126,16 @@ def construct(entry: Any, options: Mapping[str, Any], where: str = "", what: str
     except ValueError as error:  # what a __post_init__ says of values that do not go together
         raise RecipeError(f"{what}: {error}", where=where) from error
     except RlkitError as error:
-        error.where = error.where or where
+        error.where = _within(where, error.where)
         raise
+
+
+def _within(where: str, own: str) -> str:
+    """The place of an error in the recipe. An entry knows its options as `rollout.writer`, not which stage it is of."""
+    room, _, rest = own.partition(".")
+    if not own or own.startswith(f"{where}."):
+        return own or where
+    return f"{where}.{rest}".rstrip(".") if room in where.split(".") else own
 
 
 def recipes() -> dict[str, Path]:

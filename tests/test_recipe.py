@@ -436,6 +436,20 @@ def test_rewards_may_read_only_what_the_data_gives():
     assert "prompt" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("world_agent_grpo", "stages.rl.rollout.tools.serach", "{folder: world}"),
+        ("world_agent_grpo", "stages.cold_start.rollout.agent.tools.serach", "{folder: world}"),
+        ("world_agent_grpo", "stages.rl.rollout.renderer.backbone", "{name: tinny}"),
+        ("world_unified", "stages.understanding.rollout.writer", "{name: vlm}"),
+    ],
+)
+def test_what_an_entry_builds_itself_is_named_as_the_recipe_has_it(name, key, value):
+    """The entry does not know which stage it stands in."""
+    assert refusal(name, f"++{key}={value}").startswith(f"command line: {key}: no ")
+
+
 def test_what_a_stage_takes_over_must_be_there():
     setup = recipe.read("quickstart")
     first = dataclasses.replace(setup.stages[0], learner=dataclasses.replace(setup.stages[0].learner, ema=None))
