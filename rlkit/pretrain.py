@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rlkit import flow
 from rlkit.backbones import tiny
+from rlkit.pretraining import follow, rate
 from rlkit.types import generator
 from rlkit.world import grammar, instructions, obeys, scenes
 from rlkit.world.instructions import Example
@@ -131,13 +132,6 @@ def _evaluate_all(parts: Parts, settings: Pretraining, split: str, count: int) -
     return found
 
 
-def _rate(settings: Pretraining, seen: int) -> float:
-    """The learning rate's factor after `seen` samples: linear warm-up, constant, linear decay to 0."""
-    warm = min(1.0, (seen / settings.batch + 1) / settings.warmup)
-    left = (settings.samples - seen) / (settings.decay * settings.samples)
-    return min(warm, max(0.0, min(1.0, left)))
-
-
 def _noise_levels(count: int, draws: torch.Generator) -> Tensor:
     """[count]: 70 % logit-normal(0.2, 1), as in Stable Diffusion 3, and 30 % uniform so that both ends are seen."""
     normal = torch.sigmoid(0.2 + torch.randn(count, generator=draws))
@@ -184,15 +178,13 @@ def pretrain(out: Path, settings: Pretraining, say: Callable[[str], None] = prin
         v = tiny.velocity(parts.net, flow.interpolate(clean, noise, sigma), sigma, condition)
         loss = (v - flow.velocity_target(clean, noise)).pow(2).mean()
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, seen)
+            group["lr"] = settings.lr * rate(seen, settings.samples, settings.batch, settings.warmup, settings.decay)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         before, seen = seen, seen + settings.batch
-        decay = min(settings.ema, (1 + seen / settings.batch) / (10 + seen / settings.batch))
-        with torch.no_grad():
-            torch._foreach_lerp_(list[Tensor](average.parameters()), list[Tensor](parameters), 1 - decay)
+        follow(average.parameters(), parameters, seen / settings.batch, settings.ema)
         running.append(loss.item())
         if before // settings.evaluate_every != seen // settings.evaluate_every or seen >= settings.samples:
             best = _evaluate_all(averaged, settings, "validation", settings.evaluate_on)

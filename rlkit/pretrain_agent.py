@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rlkit.backbones import tiny_agent as agent
 from rlkit.experience import Bundle, told
+from rlkit.pretraining import follow, rate
 from rlkit.world import atlas, grammar
 from rlkit.world.atlas import Request
 from rlkit.world.grammar import Caption
@@ -288,16 +289,13 @@ def pretrain_agent(out: Path, settings: Reading, say: Callable[[str], None] = pr
         logits, ids, _ = answered(parts, chats)
         loss = F.cross_entropy(logits, ids)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, seen)
+            group["lr"] = settings.lr * rate(seen, settings.chats, settings.batch, settings.warmup, settings.decay)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         before, seen = seen, seen + settings.batch
-        steps = seen / settings.batch
-        decay = min(settings.ema, (1 + steps) / (10 + steps))
-        with torch.no_grad():
-            torch._foreach_lerp_(list[Tensor](averaged.net.parameters()), list[Tensor](parameters), 1 - decay)
+        follow(averaged.net.parameters(), parameters, seen / settings.batch, settings.ema)
         running.append(loss.item())
         if before // settings.evaluate_every != seen // settings.evaluate_every or seen >= settings.chats:
             found = evaluate(averaged, settings.evaluate_on)
@@ -310,13 +308,6 @@ def pretrain_agent(out: Path, settings: Reading, say: Callable[[str], None] = pr
             if seen >= settings.chats or min(found.values()) >= settings.stop_right:
                 break
     return scores
-
-
-def _rate(settings: Reading, seen: int) -> float:
-    """The learning rate's factor after `seen` chats: linear warm-up, constant, linear decay to 0."""
-    warm = min(1.0, (seen / settings.batch + 1) / settings.warmup)
-    left = (settings.chats - seen) / (settings.decay * settings.chats)
-    return min(warm, max(0.0, min(1.0, left)))
 
 
 def save(folder: Path, parts: Parts, scores: object) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.backbones import tiny_captioner as captioner
+from rlkit.pretraining import follow, rate
 from rlkit.world import grammar, obeys, scenes
 
 MOST = 12  # tokens of a caption: ten words and the end
@@ -139,16 +140,13 @@ def pretrain_captioner(out: Path, settings: Captioning, say: Callable[[str], Non
         captions = grammar.draw("train", settings.batch, numbers)
         loss = loss_of(parts, scenes.render_batch(captions, numbers), [one.text for one in captions])
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, seen)
+            group["lr"] = settings.lr * rate(seen, settings.samples, settings.batch, settings.warmup, settings.decay)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         before, seen = seen, seen + settings.batch
-        steps = seen / settings.batch
-        decay = min(settings.ema, (1 + steps) / (10 + steps))
-        with torch.no_grad():
-            torch._foreach_lerp_(list[Tensor](average.parameters()), list[Tensor](parameters), 1 - decay)
+        follow(average.parameters(), parameters, seen / settings.batch, settings.ema)
         running.append(loss.item())
         if before // settings.evaluate_every != seen // settings.evaluate_every or seen >= settings.samples:
             found = evaluate(averaged, "validation", settings.evaluate_on)
@@ -170,13 +168,6 @@ def pretrain_captioner(out: Path, settings: Captioning, say: Callable[[str], Non
     }
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
-
-
-def _rate(settings: Captioning, seen: int) -> float:
-    """The learning rate's factor after `seen` samples: linear warm-up, constant, linear decay to 0."""
-    warm = min(1.0, (seen / settings.batch + 1) / settings.warmup)
-    left = (settings.samples - seen) / (settings.decay * settings.samples)
-    return min(warm, max(0.0, min(1.0, left)))
 
 
 def save(folder: Path, parts: Parts, scores: object) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional
 from rlkit import likeness
 from rlkit.embedding import Pictures, load_pictures
 from rlkit.preprocessing import Preprocessing
+from rlkit.pretraining import follow, rate
 from rlkit.types import generator
 from rlkit.world import grammar, scenes
 from rlkit.world.checker import Detection, judge
@@ -206,16 +207,13 @@ def pretrain_encoder(out: Path, settings: Encoding, say: Callable[[str], None] =
         pictures = _noised(torch.from_numpy(scenes.render_scenes(drawn)), settings.noise, draws)
         loss = loss_of(parts, captions, drawn, pictures, settings.scale)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, seen)
+            group["lr"] = settings.lr * rate(seen, settings.samples, settings.batch, settings.warmup, settings.decay)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         before, seen = seen, seen + settings.batch
-        steps = seen / settings.batch
-        decay = min(settings.ema, (1 + steps) / (10 + steps))
-        with torch.no_grad():
-            torch._foreach_lerp_(list[Tensor](average.parameters()), list[Tensor](parameters), 1 - decay)
+        follow(average.parameters(), parameters, seen / settings.batch, settings.ema)
         running.append(loss.item())
         if before // settings.evaluate_every != seen // settings.evaluate_every or seen >= settings.samples:
             found = likeness.evaluate(_encoder(average), "validation", settings.evaluate_on)
@@ -235,13 +233,6 @@ def _noised(pictures: Tensor, noise: float, draws: torch.Generator) -> Tensor:
     strength = noise * torch.rand(len(pictures), 1, 1, 1, generator=draws)
     strength[::2] = 0
     return (pictures + strength * torch.randn(pictures.shape, generator=draws)).clamp(0, 1)
-
-
-def _rate(settings: Encoding, seen: int) -> float:
-    """The learning rate's factor after `seen` samples: linear warm-up, constant, linear decay to 0."""
-    warm = min(1.0, (seen / settings.batch + 1) / settings.warmup)
-    left = (settings.samples - seen) / (settings.decay * settings.samples)
-    return min(warm, max(0.0, min(1.0, left)))
 
 
 def _encoder(parts: Any) -> Pictures:

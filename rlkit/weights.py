@@ -271,6 +271,6 @@ def compute_again(net: nn.Module) -> None:
         raise RecipeError(what, where="policy.checkpointing", hint="Leave it out.")
 
 
-def ema_decay(step: int, longest: float) -> float:
+def ema_decay(step: float, longest: float) -> float:
     """Warm-up of an exponential moving average: min((1 + k) / (10 + k), longest) after k updates (Flow-GRPO's code)."""
     return min((1 + step) / (10 + step), longest)

@@ -21,13 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = {
-    **dict.fromkeys(("__init__", "types", "registry", "errors"), 0),
+    **dict.fromkeys(("__init__", "types", "episodes", "registry", "errors"), 0),
     **dict.fromkeys(("flow", "tokens", "advantage", "surrogate", "world"), 1),
     **dict.fromkeys(
         ("pictures", "preprocessing", "embedding", "clauses", "textmatch", "total", "shelf", "resources"), 1
     ),
     **dict.fromkeys(("endpoints", "wire", "templates", "answers", "judge"), 1),
-    **dict.fromkeys(("weights", "decoding", "backbones", "rewards", "algorithms"), 2),
+    **dict.fromkeys(("experience", "summaries", "schemas", "blocks", "tooling"), 1),
+    **dict.fromkeys(("weights", "decoding", "backbones", "rewards", "algorithms", "tools"), 2),
     **dict.fromkeys(("sync", "scoring", "scorer", "score_cache", "dist", "data"), 3),
     **dict.fromkeys(("policy", "language", "parts"), 3),
     **dict.fromkeys(("transfer", "workers", "worker_pool", "push", "serving", "sample_wire"), 3),
@@ -35,15 +36,20 @@ LEVELS = {
     **dict.fromkeys(("epochs", "mixture", "pairs", "picture_files", "picture_folders", "tables"), 3),
     **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
     **dict.fromkeys(("reading", "signs", "looks", "sanity", "monitors"), 4),
-    **dict.fromkeys(("trainer", "session", "sources", "parity"), 5),
-    **dict.fromkeys(("pretrain", "pretrain_captioner", "pretrain_connector", "pretrain_encoder", "likeness"), 5),
-    **dict.fromkeys(("recipe", "recipe_parts"), 6),
+    **dict.fromkeys(("pretraining", "trainer", "session", "sources", "parity", "suite_formats", "suites"), 5),
+    **dict.fromkeys(
+        ("pretrain", "pretrain_captioner", "pretrain_connector", "pretrain_encoder", "pretrain_agent", "likeness"), 5
+    ),
+    **dict.fromkeys(("recipe", "recipe_parts", "recipe_course"), 6),
     **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
     **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
-    **dict.fromkeys(("bench_sync", "bench_transport", "unified_bench"), 7),
+    **dict.fromkeys(("plan", "plan_calls", "plan_devices", "plan_sizes", "plan_stage"), 7),
+    **dict.fromkeys(("bench_sync", "bench_transport", "unified_bench", "evaluation", "evaluation_table"), 7),
+    **dict.fromkeys(("sweep_space", "sweep_stop", "sweep_bayes"), 1),
+    **dict.fromkeys(("sweep", "sweep_file", "sweep_trials", "sweep_table"), 7),
     "recipes": 8,  # YAML: nothing imports it
 }
-CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts")
+CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts", "tools")
 FOLDERS = ("world", *CATALOGUES, "recipes")  # the other rooms are files of rlkit/
 AT_THE_TOP = ("rewards", "algorithms", "rollouts", "recipes")  # folders beside rlkit/ that are installed below it
 EXCEPTIONS = {  # the commands that train the weights that a backbone ships with
@@ -52,6 +58,7 @@ EXCEPTIONS = {  # the commands that train the weights that a backbone ships with
     ("rlkit.pretrain_connector", "rlkit.backbones.tiny"),
     ("rlkit.pretrain_connector", "rlkit.backbones.tiny_captioner"),
     ("rlkit.pretrain_captioner", "rlkit.backbones.tiny_captioner"),
+    ("rlkit.pretrain_agent", "rlkit.backbones.tiny_agent"),
 }
 HEAVY = {
     *("datasets", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "peft", "rapidocr", "ray", "transformers"),

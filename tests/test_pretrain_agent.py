@@ -190,12 +190,6 @@ def test_an_answer_is_right_if_every_token_is(monkeypatch: pytest.MonkeyPatch, t
     assert 0.5 < found["experience"] < 1, "some of its slots hold a style"
 
 
-def test_the_rate_rises_stays_and_falls() -> None:
-    settings = Reading(chats=1000, batch=10, warmup=10, decay=0.5)
-    rates = [pretrain_agent._rate(settings, seen) for seen in (0, 40, 90, 500, 750, 1000)]
-    assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0])
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
