@@ -29,7 +29,9 @@ from rlkit import (
     bench_sync,
     merge,
     parity,
+    plan,
     recipe,
+    recipe_course,
     registry,
     reward_server,
     rollout_server,
@@ -101,7 +103,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe's name or file, and changes")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    which.add_argument("--from", dest="begin", metavar="STAGE", help="leave out the stages before this one")
+    which.add_argument("--only", metavar="STAGE", help="leave out all other stages")
     # torchrun reads every --nproc on its command line as its own, so the processes that it starts get --processes.
     parser.add_argument("--nproc", "--processes", type=_positive, default=1, metavar="N", help="on this machine")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -116,6 +121,9 @@ def _train(options: argparse.Namespace) -> int:
             raise RecipeError(f"there is no run in {options.resume} to go on with.", where="--resume", hint=hint)
     if name is None:
         raise RecipeError("which recipe?", hint=f"For instance rlkit train {next(iter(registry.recipes()), 'FILE')}")
+    if options.begin or options.only:
+        without = recipe_course.left_out(recipe.compose(name, overrides)["stages"], options.begin, options.only)
+        options.words, overrides = [*options.words, *without], [*overrides, *without]  # for other processes too
     setup = recipe.read(name, overrides)
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         _run_folder(setup, name, options.resume)  # for its errors, once and not in every process
@@ -503,14 +511,48 @@ def _write_grid(path: Path, pictures: Any, columns: int) -> None:
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_RECIPE", help="a run's newest weights or a recipe's base model")
-    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "words", nargs="*", metavar="RUN_OR_RECIPE key=value", help="a run's newest weights or a recipe's base model"
+    )
     parser.add_argument("--held-out", type=_positive, metavar="N", help="pictures (default: the recipe's)")
+    parser.add_argument("--suite", metavar="NAME", help="a benchmark in the place of the recipe's held-out prompts")
+    parser.add_argument("--prompts", type=Path, metavar="PATH", help="your copy of the suite's prompts")
+    parser.add_argument("--seeds", metavar="LIST", help="of a suite (default: 0,1,2,3)")
+    parser.add_argument("--samplers", metavar="LIST", help="of a suite: ode, sde (default: ode)")
+    parser.add_argument(
+        "--weights", choices=("current", "ema"), help="of a suite (default: those that the recipe says)"
+    )
+    parser.add_argument("--judge", metavar="URLS", help="OpenAI-compatible endpoints (default: the recipe's vlm_judge)")
+    parser.add_argument("--judge-model", metavar="NAME", help="at these endpoints (default: the only one there)")
+    parser.add_argument("--judge-key-env", metavar="NAME", help="the environment variable that holds their key")
+    parser.add_argument("--reward", action="append", metavar="key=value", help="an option of the suite's reward")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of a suite's records, in which it can go on")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="DIR", help="the records of two evaluations of a suite"
+    )
     parser.add_argument("--json", action="store_true")
 
 
+OF_A_SUITE = ("prompts", "seeds", "samplers", "weights", "judge", "judge_model", "judge_key_env", "reward", "out")
+
+
 def _eval(options: argparse.Namespace) -> int:
-    setup, folder = _recipe_or_run(options.source, options.words)
+    if options.suite is None:
+        stray = [name for name in OF_A_SUITE if getattr(options, name) is not None]
+        if stray:
+            raise RecipeError("goes with --suite NAME.", where=f"--{stray[0].replace('_', '-')}")
+    if options.compare is not None:
+        if options.words or options.suite is not None:
+            hint = "Give two folders alone: rlkit eval --compare DIR DIR"
+            raise RecipeError("compares what has been evaluated.", where="--compare", hint=hint)
+        from rlkit import evaluation_table
+
+        return _say_suite(evaluation_table.compare(*options.compare), options.json)
+    if not options.words:
+        raise RecipeError("which run or recipe?", hint="For instance rlkit eval runs/NAME")
+    setup, folder = _recipe_or_run(options.words[0], options.words[1:])
+    if options.suite is not None:
+        return _eval_suite(setup, folder, options)
 
     from rlkit import session
 
@@ -524,6 +566,58 @@ def _eval(options: argparse.Namespace) -> int:
             error = f" ± {scores[f'{name}_se']:.3f}" if f"{name}_se" in scores else ""
             print(f"{name:<28} {value if name == 'count' else f'{value:.3f}'}{error}")
     return 0
+
+
+def _eval_suite(setup: Setup, folder: Path | None, options: argparse.Namespace) -> int:
+    from rlkit import evaluation, evaluation_table
+
+    judge = None
+    if options.judge is not None:
+        urls = [one.strip() for one in options.judge.split(",") if one.strip()]
+        judge = {"endpoints": {"urls": urls, "key_env": options.judge_key_env}, "model": options.judge_model}
+    elif options.judge_model or options.judge_key_env:
+        raise RecipeError("goes with --judge URL.", where="--judge-model" if options.judge_model else "--judge-key-env")
+    if options.held_out is not None and options.suite != "world":
+        hint = "Leave it out: all of --prompts is drawn."
+        raise RecipeError("is for the suite world.", where="--held-out", hint=hint)
+    given = {key: sources.value_of(f"--reward {key}", value) for key, value in map(_option, options.reward or ())}
+    settings = evaluation.Settings(
+        suite=options.suite,
+        prompts=options.prompts,
+        seeds=_seeds(options.seeds or "0,1,2,3"),
+        samplers=tuple(one.strip() for one in (options.samplers or "ode").split(",")),
+        out=options.out,
+        weights=options.weights,
+        count=options.held_out,
+        judge=judge,
+        reward=given,
+    )
+    out = evaluation.evaluate(setup, folder, Path(options.words[0]).stem, settings)
+    told = evaluation_table.summary(out)
+    if not options.json:
+        print(f"records: {out}")
+    return _say_suite(told, options.json)
+
+
+def _say_suite(told: Mapping[str, Any], as_json: bool) -> int:
+    from rlkit import evaluation_table
+
+    print(json.dumps(told, indent=2) if as_json else evaluation_table.table(told))
+    return 0
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = [one.strip() for one in text.split(",")]
+    if not all(one.isdecimal() for one in words):
+        raise RecipeError(f"must be numbers with commas between them, not {text!r}.", where="--seeds")
+    return tuple(int(one) for one in words)
+
+
+def _option(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise RecipeError(f"{word!r} is not key=value.", where="--reward", hint="For instance detector=owlv2")
+    return key, value
 
 
 # ------------------------------------------------------------------------------------ report, pretrain-world
@@ -645,7 +739,7 @@ COMMANDS = {
     "list": Command("List a catalogue: what a recipe may name.", _list_arguments, _list),
     "describe": Command("Say what one entry is and which options it has.", _describe_arguments, _describe),
     "sample": Command("Draw prompts with a recipe's base model or a run's weights.", _sample_arguments, _sample),
-    "eval": Command("Score the held-out prompts once.", _eval_arguments, _eval),
+    "eval": Command("Score the held-out prompts once, or a benchmark's with intervals.", _eval_arguments, _eval),
     "report": Command("Write a run's report again, or print its numbers.", _report_arguments, _report),
     "bench": Command("Time the phases of a step against the bare network's calls.", _bench_arguments, _bench),
     "bench sync": Command(
@@ -660,6 +754,7 @@ COMMANDS = {
         "Start the vLLM servers that a recipe asks.", rollout_server.arguments, rollout_server.run
     ),
     "merge": Command("Mix the weights of several runs.", merge.arguments, merge.run),
+    "plan": Command("Predict memory, network calls and hours on other devices.", plan.arguments, plan.run),
     "check-backbone": Command("Compare a backbone with diffusers' own pipeline.", parity.arguments, parity.run),
     "pretrain-agent": Command(
         "Make the embedded world's agent from nothing: it reads and copies.", _pretrain_arguments, _pretrain_agent

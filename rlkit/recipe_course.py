@@ -24,6 +24,24 @@ def check(setup: Setup) -> None:
         before = stage
 
 
+def left_out(stages: Mapping[str, Any], begin: str | None, only: str | None) -> list[str]:
+    """The overrides that leave out the stages before `begin`, or all but `only`. RecipeError for a name that is none.
+
+    stages: of a recipe, in order. The first that is left has nothing to take over.
+    """
+    names = [str(name) for name, stage in stages.items() if stage is not None]
+    first = begin if only is None else only
+    if first is None:
+        return []
+    if first not in names:
+        flag = "--from" if only is None else "--only"
+        what = f"the recipe has no stage named {first!r}.{nearest(first, names)}"
+        raise RecipeError(what, where=flag, hint=f"Its stages: {', '.join(names)}.")
+    kept = [first] if only is not None else names[names.index(first) :]
+    dropped = [f"stages.{name}=null" for name in names if name not in kept]
+    return dropped + ([f"stages.{first}.carry=null"] if "carry" in stages[first] else [])
+
+
 def measured(stage: Stage) -> tuple[str, ...] | None:
     """The columns of an evaluation, as far as they are known beforehand; None: a reward does not say what it gives."""
     from rlkit.record import column_of
@@ -87,4 +105,4 @@ def _check_carry(stage: Stage, before: Stage | None) -> None:
         raise RecipeError(what, where=f"{where}.optimizer", hint="Leave it out, or train the same in both.")
 
 
-__all__ = ["check", "measured"]
+__all__ = ["check", "left_out", "measured"]

@@ -56,6 +56,7 @@ def test_help_names_every_command(capsys):
     [
         (["trian", "quickstart"], "'train'"),
         (["train", "quickstart", "--nprc", "2"], "'--nproc'"),
+        (["train", "world_unified", "--only", "generation", "--from", "generation"], "not allowed with"),
         (["train", "quickstart", "--resum", "x"], "'--resume'"),  # no abbreviations: they change their meaning later
         (["list", "reward"], "'rewards'"),
         (["train", "quickstart", "--nproc", "0"], "1 or more"),
@@ -77,6 +78,8 @@ def test_usage_errors_say_what_is_near_and_end_with_2(words, near, capsys):
         (["train", "quickstart", "world"], "'world' is not key=value"),
         (["train", "quickstart", "stages.main.algorithm.clipp=1"], "Did you mean 'clip'?"),
         (["train", "--resume", "nowhere"], "no run in nowhere"),
+        (["train", "world_unified", "--from", "generaton"], "--from: the recipe has no stage named 'generaton'"),
+        (["train", "world_unified", "--only", "generaton"], "Did you mean 'generation'?"),
         (["check", "quickstart", "stages.main.data.group=1"], "2 or more, not 1"),
         (["check", "quickstart", "stages.main.data={name: prompts, path: no.txt, per_step: 12, group: 16}"], "no.txt"),
         (["describe", "compositoin"], "Did you mean 'composition'?"),
@@ -133,6 +136,20 @@ def test_a_folder_that_holds_something_is_never_written_into(trained, capsys):
     assert cli.main(["train", "quickstart", "run.dir=empty"]) == 0
     Path("file").write_text("")
     assert failure(capsys, "train", "quickstart", "run.dir=file")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "left"),
+    [("--from", ["understanding", "generation"]), ("--only", ["understanding"])],
+)
+def test_stages_may_be_left_out(trained, which, left):
+    """The others' options stay; a resumed run knows, since it reads its own recipe."""
+    words = ["stages.understanding.carry={optimizer: false}", "run.dir=mine"]
+    assert cli.main(["train", "world_unified", *words, which, "understanding"]) == 0
+    (one,) = trained
+    assert [stage.name for stage in one["setup"].stages] == left
+    assert list(one["setup"].recipe["stages"]) == left
+    assert "stages.cold_start=null" in one["command"]
 
 
 def test_resume_reads_the_runs_own_recipe(trained):
