@@ -36,7 +36,7 @@ class Case:
 def geneval(path: Path) -> tuple[Case, ...]:
     """evaluation_metadata.jsonl: a line {"tag", "include", "exclude", "prompt"} for each prompt.
 
-    The names: github.com/djghosh13/geneval, prompts/create_prompts.py and evaluation/evaluate_images.py.
+    The names: those of evaluation_metadata.jsonl in github.com/djghosh13/geneval.
     """
     cases = []
     for number, (where, record) in enumerate(_lines(path)):
@@ -79,7 +79,7 @@ def dpg(path: Path) -> tuple[Case, ...]:
 def oneig(path: Path) -> tuple[Case, ...]:
     """OneIG-Bench.csv or OneIG-Bench-ZH.csv, or a JSON list of the same: category, id, and prompt_en or prompt_cn.
 
-    The names: github.com/OneIG-Bench/OneIG-Benchmark, README.md and its example of generation. An id is unique in its
+    The names: as excerpts of github.com/OneIG-Bench/OneIG-Benchmark's example have them. An id is unique in its
     category only. What other columns mean was not looked up: they are metadata.
     """
     cases = []
