@@ -246,7 +246,12 @@ def _check(options: argparse.Namespace) -> int:
         raise RecipeError("which recipe?", hint="For instance rlkit check RECIPE key=value")
     setup = recipe.read(name, overrides)
     for stage in setup.stages:
-        stage.data.open()  # a file of prompts is read, and its errors are said now
+        data = setup.recipe["stages"][stage.name]["data"]
+        if absent := _absent(data):
+            what = f"stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
+            print(what, file=sys.stderr)
+        else:
+            stage.data.open()  # a file of prompts is read, and its errors are said now
     if options.json:
         print(json.dumps(setup.recipe, indent=2))
         return 0
@@ -263,6 +268,14 @@ def _check(options: argparse.Namespace) -> int:
             print(f"  {key:<10} {text}")
     print("ok")
     return 0
+
+
+def _absent(data: Mapping[str, Any]) -> list[str]:
+    """Files and folders of a stage's data that are not there: a recipe may be checked on another machine."""
+    if data["name"] == "hub":  # its path may be a name on the hub
+        return []
+    named = [data[key] for key in ("path", "held_out_path") if data.get(key)]
+    return [one for one in named if not Path(one).expanduser().exists()]
 
 
 def _trains(name: str, train: Mapping[str, Any]) -> str:
@@ -299,7 +312,9 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
     if acting:
         table["monitors"] = f"{', '.join(acting)}; the others warn"
     if stage.until is not None:
-        table["until"] = f"{stage.until.metric} > {stage.until.above:g}"
+        limit = stage.until
+        flat = f"no higher for {limit.plateau} evaluations"
+        table["until"] = f"{limit.metric} {flat if limit.above is None else f'> {limit.above:g}'}"
     if plain["expect"]:
         table["expect"] = ", ".join(f"{metric} {rule}" for metric, rule in plain["expect"].items())
     return table

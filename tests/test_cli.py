@@ -81,7 +81,6 @@ def test_usage_errors_say_what_is_near_and_end_with_2(words, near, capsys):
         (["train", "world_unified", "--from", "generaton"], "--from: the recipe has no stage named 'generaton'"),
         (["train", "world_unified", "--only", "generaton"], "Did you mean 'generation'?"),
         (["check", "quickstart", "stages.main.data.group=1"], "2 or more, not 1"),
-        (["check", "quickstart", "stages.main.data={name: prompts, path: no.txt, per_step: 12, group: 16}"], "no.txt"),
         (["describe", "compositoin"], "Did you mean 'composition'?"),
         (["report", "nowhere"], "nowhere"),
         (["eval", "."], "recipe.yaml"),
@@ -136,6 +135,25 @@ def test_a_folder_that_holds_something_is_never_written_into(trained, capsys):
     assert cli.main(["train", "quickstart", "run.dir=empty"]) == 0
     Path("file").write_text("")
     assert failure(capsys, "train", "quickstart", "run.dir=file")[0] == 1
+
+
+def test_a_recipe_can_be_checked_where_its_data_is_not(tmp_path, capsys):
+    data = "stages.main.data={name: prompts, path: prompts.jsonl, held_out_path: kept.jsonl, per_step: 12, group: 16}"
+    words = ["check", "quickstart", data]
+    assert cli.main(words) == 0
+    told = capsys.readouterr()
+    assert told.err == "stage main: not here yet, and needed to train: prompts.jsonl, kept.jsonl\n"
+    assert told.out.endswith("ok\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": 7}\n')
+    (tmp_path / "kept.jsonl").write_text('{"prompt": "a red circle"}\n')
+    code, text = failure(capsys, *words)
+    assert code == 1, "what is there is read"
+    assert "prompts.jsonl" in text
+
+
+def test_a_stage_that_ends_on_a_plateau_says_so(capsys):
+    assert cli.main(["check", "quickstart", "stages.main.until={metric: held_out/strict, plateau: 3}"]) == 0
+    assert "until      held_out/strict no higher for 3 evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
