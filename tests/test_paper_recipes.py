@@ -108,10 +108,10 @@ def test_check_is_content_with_the_columns_that_the_head_names(name: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        *((name, "prompt") for name in ("flow_grpo_ocr", "diffusion_dpo")),
+        *((name, "prompt") for name in ("flow_grpo_ocr", "diffusion_dpo_sdxl")),
         *((name, "source") for name in ("omnigen2_rl", "joyai_image_edit", "firered")),
         ("omnigen2_rl", "references"),
-        *((name, "chosen") for name in ("diffusion_dpo", "wan_image", "qwen_image_rl", "longcat_image_rl")),
+        *((name, "chosen") for name in ("diffusion_dpo_sdxl", "wan_image", "qwen_image_rl", "longcat_image_rl")),
         ("genevolve", "messages"),
     ],
 )
