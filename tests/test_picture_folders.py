@@ -86,7 +86,7 @@ def test_metadata_may_be_csv(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_yet_denies_nothing(tmp_path: Path) -> None:
     data = ImageFolder(str(tmp_path / "none"), 1, 1)
-    assert data.gives == ("prompt", "metadata", "target_text", "references", "source")
+    assert data.gives == ("prompt", "metadata", "target_text", "references", "demonstration", "source")
     with pytest.raises(DataError, match="none: no such folder of pictures"):
         data.open()
 
