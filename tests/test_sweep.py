@@ -338,6 +338,7 @@ def test_a_failure_costs_one_trial_and_says_its_last_line(tmp_path, begun, capsy
 def test_ctrl_c_asks_the_trials_to_save_themselves_and_the_sweep_goes_on_later(tmp_path, begun, capsys):
     file = a_file(tmp_path, parameters={LR: {"values": [0.001, 0.002, 0.003, 0.004]}})
     begun.stop = "trial-002"
+    before = signal.getsignal(signal.SIGINT)  # in the background it is ignored
     assert sweep.run(parse(file, "--dir", tmp_path / "out", "--workers", "2")) == 130
     assert f"rlkit sweep --resume {tmp_path / 'out'}" in capsys.readouterr().err
     assert begun[2].signals == [signal.SIGINT]
@@ -350,7 +351,7 @@ def test_ctrl_c_asks_the_trials_to_save_themselves_and_the_sweep_goes_on_later(t
     assert sweep.run(parse("--resume", tmp_path / "out")) == 0
     assert set(names(begun[count:])).isdisjoint(done)
     assert all(one.state == "finished" for one in Board.open(tmp_path / "out").trials.values())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_asked_again_and_again_the_trials_are_ended_at_once(tmp_path, begun, monkeypatch):

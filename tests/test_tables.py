@@ -125,7 +125,7 @@ def test_what_is_given_is_told_by_the_first_row(tmp_path: Path) -> None:
     file = jsonl(tmp_path, {"caption": "x", "input_image": "a.png", "target_text": "b"})
     assert given(THEIRS, first_columns(file)) == ("prompt", "metadata", "source")
     assert given({"source": None}, first_columns(file)) == ("prompt", "metadata", "target_text")
-    assert given({"source": None}, None) == ("prompt", "metadata", "target_text", "references")
+    assert given({"source": None}, None) == ("prompt", "metadata", "target_text", "references", "demonstration")
     assert first_columns(tmp_path / "none.jsonl") is None
 
 
