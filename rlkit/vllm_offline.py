@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from rlkit.errors import RecipeError
 from rlkit.pictures import to_pil
 from rlkit.serving import Engine
 from rlkit.vllm_answers import adapter_name, answered, otherwise_spread, sampling, spans_of, too_long
 from rlkit.workers import Answer, Fault, Request, WorkerError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,39 @@ class Offline:
             from vllm.config import WeightTransferConfig
 
             given["weight_transfer_config"] = WeightTransferConfig(self.engine.receive)
-        network = LLM(str(self.folder), seed=0, distributed_executor_backend="uni", **given)
-        return OfflineWorker(name, network, self.engine)
+        # A thread begins with OpenMP's number of threads, and takes over torch's with the first operation that asks.
+        # vLLM's attention dies where the number changes between its two halves, so this thread asks before all else.
+        thread = ThreadPoolExecutor(1, "rlkit-vllm", initializer=torch.get_num_threads)
+        made = thread.submit(LLM, str(self.folder), seed=0, distributed_executor_backend="uni", **given)
+        try:
+            return OfflineWorker(name, made.result(), thread)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
 
 
 class OfflineWorker:
-    """A call at a time; a push waits for the call that is under way."""
+    """A call at a time, all in the thread that made the engine; a push waits for the call that is under way."""
 
     at_once, batch = 1, 1 << 20
 
-    def __init__(self, name: str, network: Any, engine: Engine) -> None:
-        self.name, self._network, self._engine = name, network, engine
+    def __init__(self, name: str, network: Any, thread: ThreadPoolExecutor) -> None:
+        self.name, self._network, self._thread = name, network, thread
         self._lock = threading.Lock()
         self._paused = False
         self._adapter: Any = None
         self._adapters = 0  # loaded so far
         self._longest: int = network.llm_engine.model_config.max_model_len
 
+    def _do(self, call: Callable[..., T], *args: Any) -> T:
+        return self._thread.submit(call, *args).result()
+
     def answer(self, requests: Sequence[Request], seconds: float) -> list[tuple[Answer, ...] | Fault]:
         """All of one batch. `seconds` ends nothing here: what runs in this process cannot be left behind."""
         faults = [too_long(one, self._longest) for one in requests]
         with self._lock:
-            outcomes = iter(self._continue([one for one, fault in zip(requests, faults, strict=True) if fault is None]))
+            whole = [one for one, fault in zip(requests, faults, strict=True) if fault is None]
+            outcomes = iter(self._do(self._continue, whole))
         return [next(outcomes) if fault is None else fault for fault in faults]
 
     def _continue(self, asked: Sequence[Request]) -> list[tuple[Answer, ...] | Fault]:
@@ -110,17 +126,17 @@ class OfflineWorker:
         return tuple(answers)
 
     def label(self) -> str:
-        return str(self._network.get_weight_version())
+        return str(self._do(self._network.get_weight_version))
 
     def stamp(self, label: str) -> None:
-        self._network.update_weight_version(label)
+        self._do(self._network.update_weight_version, label)
 
     def pause(self) -> None:
         self._lock.acquire()
         self._paused = True
-        self._network.reset_prefix_cache()
-        self._network.reset_mm_cache()
-        self._network.llm_engine.reset_encoder_cache()
+        for forget in (self._network.reset_prefix_cache, self._network.reset_mm_cache):
+            self._do(forget)
+        self._do(self._network.llm_engine.reset_encoder_cache)
 
     def resume(self) -> None:
         if self._paused:
@@ -134,16 +150,16 @@ class OfflineWorker:
         return 1
 
     def connect(self, info: Mapping[str, Any], seconds: float) -> None:
-        self._network.init_weight_transfer_engine({"init_info": dict(info)})
+        self._do(self._network.init_weight_transfer_engine, {"init_info": dict(info)})
 
     def start(self) -> None:
-        self._network.start_weight_update()
+        self._do(self._network.start_weight_update)
 
     def update(self, info: Mapping[str, Any], seconds: float) -> None:
-        self._network.update_weights({"update_info": dict(info)})
+        self._do(self._network.update_weights, {"update_info": dict(info)})
 
     def finish(self, version: int) -> None:
-        self._network.finish_weight_update(str(version))
+        self._do(self._network.finish_weight_update, str(version))
         self._adapter = None  # an adapter of the weights before has no meaning on these
 
     def load_adapter(self, version: int, folder: str) -> None:
@@ -153,19 +169,20 @@ class OfflineWorker:
         adapter = LoRARequest(adapter_name(version), self._adapters, folder)
         with self._lock:
             try:
-                self._network.llm_engine.add_lora(adapter)
+                self._do(self._network.llm_engine.add_lora, adapter)
             except ValueError as error:
                 raise WorkerError(f"refuses the adapter: {error}", where=self.name) from error
             if self._adapter is not None:
-                self._network.llm_engine.remove_lora(self._adapter.lora_int_id)
+                self._do(self._network.llm_engine.remove_lora, self._adapter.lora_int_id)
             self._adapter = adapter
 
     def close(self) -> None:
         """End the engine and the process group that it made."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._network.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+        self._do(self._network.llm_engine.engine_core.shutdown)
+        self._do(cleanup_dist_env_and_memory)
+        self._thread.shutdown()
 
 
 __all__ = ["Offline", "OfflineWorker"]

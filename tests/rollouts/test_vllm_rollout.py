@@ -138,7 +138,8 @@ class TestAgent:
         """Each turn a request of its own: what stands before it goes as ids and as pictures, tools' words among it."""
         model = tiny_llm.loaded(tiny_llm.save(tmp_path, "qwen2_5_vl"), 512, pixels=[1024, 96 * 96])
         policy = LanguagePolicy(model, None, CPU, "fp32", 0)
-        rollout = Agent(writer={"name": "vllm", "most": 8}, turns=3, instructions="Be.").start(policy, Processes())
+        writer = {"name": "vllm", "most": 8, "patience": {"deadline": 120}}
+        rollout = Agent(writer=writer, turns=3, instructions="Be.").start(policy, Processes())
         shown = (("a flag", conforms.picture("one", 60, 90)),)
 
         def look() -> Observation:
