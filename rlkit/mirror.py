@@ -1,89 +1,131 @@
-"""The mirror on Weights & Biases: what metrics.jsonl holds, under the same names, where somebody wants to see it."""
+"""Mirrors: where a run is shown besides its own folder. What one is, which ones a run has, and how each starts.
+
+metrics.jsonl is the record and needs none of them. What W&B, TensorBoard and trackio are told is in files of their own.
+"""
 
 from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rlkit.errors import RecipeError, nearest
+from rlkit.mirror_content import Numbers, numbers
+from rlkit.mirror_tensorboard import TensorBoardMirror
+from rlkit.mirror_trackio import TrackioMirror
+from rlkit.mirror_wandb import WandbMirror
 
-MIRROR_MODES = ("auto", "online", "offline", "disabled")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
 _PATIENCE = 20  # seconds that a run which did not ask for W&B by name waits for it
+_FLUSH = 10  # seconds after which TensorBoard's rows are on the disk
+
+Config = Mapping[str, Any]
+Say = Callable[[str], None]
 
 
-class Mirror:
-    """The numbers of metrics.jsonl on W&B, under the same names; wandb is imported only when it is used.
+class Mirror(Protocol):
+    """May raise whatever it likes: `Mirrors` stands in between."""
 
-    `auto` goes online where a login exists and does nothing otherwise; the variable WANDB_MODE decides before it. What
-    goes wrong there is one warning and the end of the mirror, while `online` and `offline`, which somebody asked for,
-    stop the run at its start. After the start no trouble of W&B's ever stops a run.
-    Not here: rewinding. A resumed run continues its W&B run, where steps that were taken twice are shown twice.
+    def log(self, row: Numbers) -> None: ...
+    def sheet(self, path: Path) -> None: ...  # an evaluation's pictures: a PNG, its JSON beside it
+    def alert(self, title: str, text: str, at: int) -> None: ...  # to whoever follows the run
+    def keep(self, files: Sequence[Path]) -> None: ...  # what a run leaves at its end
+    def finish(self) -> None: ...
+
+
+class Mirrors:
+    """Those that a recipe asks for. Their packages are imported only when they are used.
+
+    One that was asked for stops the run at its start if it cannot be had. Only W&B's `auto` may be absent: it goes
+    online where a login exists and does nothing otherwise; the variable WANDB_MODE decides before it. After the start
+    no trouble of a mirror's ever stops a run: it is one warning and the end of that mirror.
+    Not here: rewinding. A resumed run continues its page, where steps that were taken twice are shown twice.
     """
 
-    def __init__(self, mode: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        if mode not in MIRROR_MODES:
-            hint = f"Use {_either(MIRROR_MODES)}"
-            raise RecipeError(f"no W&B mode {mode!r}.{nearest(mode, MIRROR_MODES)}", where="wandb", hint=hint)
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        say: Say,
+        *,
+        wandb: str = "auto",
+        tensorboard: bool = False,
+        trackio: bool = False,
+    ) -> None:
         self._say = say
-        self._run: Any = None
-        asked = mode != "auto"
-        chosen = mode if asked else os.environ.get("WANDB_MODE") or ("online" if _login_exists() else "disabled")
-        if chosen == "disabled":
-            return
-        try:
-            self._run = _start_wandb(chosen, folder, config, patience=None if asked else _PATIENCE)
-        except Exception as error:  # wandb's own, OSError, TimeoutError, pydantic's: one list would never be complete
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if asked:
-                raise RecipeError(
-                    f"Weights & Biases did not start: {reason}",
-                    where=f"wandb={mode}",
-                    hint="Run `wandb login`, set WANDB_API_KEY, or choose offline (to sync later) or disabled.",
-                ) from error
-            say(f"warning: Weights & Biases did not start ({reason}); the run goes on without it")
-            return
-        if getattr(self._run, "url", None):
-            say(f"Weights & Biases: {self._run.url}")
+        self._several = len(config.get("stages") or {}) > 1
+        self._open: dict[str, Mirror] = {}
+        run = _wandb(wandb, folder, config, say)
+        if run is not None:
+            self._open["Weights & Biases"] = WandbMirror(run)
+        if tensorboard:
+            self._open["TensorBoard"] = _asked_for("tensorboard", lambda: _start_tensorboard(folder, config))
+        if trackio:
+            self._open["trackio"] = _asked_for("trackio", lambda: _start_trackio(folder, config))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        self._send(lambda: self._run.log(numbers))
+        known = numbers(row, self._several)
+        self._each(lambda mirror: mirror.log(known))
 
-    def alert(self, title: str, text: str) -> None:
-        """A message to whoever follows the run."""
-        self._send(lambda: self._run.alert(title=title, text=text))
+    def sheet(self, path: Path) -> None:
+        self._each(lambda mirror: mirror.sheet(path))
 
-    def image(self, path: Path, at: int) -> None:
-        def send() -> None:
-            import wandb
+    def alert(self, title: str, text: str, at: int) -> None:
+        self._each(lambda mirror: mirror.alert(title, text, at))
 
-            self._run.log({"samples": wandb.Image(str(path)), "at": at})
-
-        self._send(send)
+    def keep(self, files: Sequence[Path]) -> None:
+        self._each(lambda mirror: mirror.keep(files))
 
     def finish(self) -> None:
-        self._send(lambda: self._run.finish())
-        self._run = None
+        self._each(lambda mirror: mirror.finish())
+        self._open = {}
 
-    def _send(self, action: Callable[[], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            action()
-        except Exception as error:  # its background process may die; metrics.jsonl has the numbers all the same
-            self._run = None
-            self._say(f"warning: Weights & Biases stopped ({error}); the run goes on without it")
+    def _each(self, action: Callable[[Mirror], None]) -> None:
+        for name, mirror in list(self._open.items()):
+            try:
+                action(mirror)
+            except Exception as error:  # a process or a server of its own may die; metrics.jsonl has the numbers
+                del self._open[name]
+                self._say(f"warning: {name} stopped ({error}); the run goes on without it")
 
 
-def _start_wandb(mode: Any, folder: Path, config: Mapping[str, Any], patience: float | None) -> Any:
+# ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def _wandb(mode: str, folder: Path, config: Config, say: Say) -> Any:
+    """A run of W&B, or None."""
+    if mode not in WANDB_MODES:
+        hint = f"Use {_either(WANDB_MODES)}"
+        raise RecipeError(f"no W&B mode {mode!r}.{nearest(mode, WANDB_MODES)}", where="wandb", hint=hint)
+    asked = mode != "auto"
+    chosen = mode if asked else os.environ.get("WANDB_MODE") or ("online" if _login_exists() else "disabled")
+    if chosen == "disabled":
+        return None
+    try:
+        run = _start_wandb(chosen, folder, config, patience=None if asked else _PATIENCE)
+    except Exception as error:  # wandb's own, OSError, TimeoutError, pydantic's: one list would never be complete
+        if asked:
+            raise RecipeError(
+                f"Weights & Biases did not start: {_reason(error)}",
+                where=f"wandb={mode}",
+                hint="Run `wandb login`, set WANDB_API_KEY, or choose offline (to sync later) or disabled.",
+            ) from error
+        say(f"warning: Weights & Biases did not start ({_reason(error)}); the run goes on without it")
+        return None
+    if getattr(run, "url", None):
+        say(f"Weights & Biases: {run.url}")
+    return run
+
+
+def _start_wandb(mode: Any, folder: Path, config: Config, patience: float | None) -> Any:
     import wandb
 
     memory = folder / "wandb" / "id"  # so that a resumed run continues its page
-    identity = os.environ.get("WANDB_RUN_ID") or (memory.read_text().strip() if memory.exists() else None)
+    identity = os.environ.get("WANDB_RUN_ID") or _remembered(memory)
     folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "rlkit"),
@@ -99,8 +141,7 @@ def _start_wandb(mode: Any, folder: Path, config: Mapping[str, Any], patience: f
     )
     run.define_metric("at")
     run.define_metric("*", step_metric="at")
-    memory.parent.mkdir(exist_ok=True)
-    memory.write_text(run.id)
+    _remember(memory, run.id)
     return run
 
 
@@ -117,6 +158,61 @@ def _login_exists() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+# ---- the others ------------------------------------------------------------------------------------------------------
+
+
+def _asked_for(name: str, start: Callable[[], Mirror]) -> Mirror:
+    """A mirror that a recipe switches on with `run.NAME`; its package is an extra of that name."""
+    where = f"run.{name}"
+    try:
+        return start()
+    except ImportError as error:
+        hint = f"pip install 'rlkit-visual[{name}]', or leave {where} out."
+        raise RecipeError(f"its package is not installed: {_reason(error)}.", where=where, hint=hint) from error
+    except Exception as error:  # a folder, a database, a server: whatever it keeps its pages in
+        raise RecipeError(f"did not start: {_reason(error)}", where=where, hint=f"Or leave {where} out.") from error
+
+
+def _start_tensorboard(folder: Path, config: Config) -> Mirror:
+    import yaml
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard", flush_secs=_FLUSH)
+    recipe = yaml.safe_dump(dict(config), sort_keys=False)
+    writer.add_text("recipe", f"```\n{recipe}```", 0)
+    return TensorBoardMirror(writer)
+
+
+def _start_trackio(folder: Path, config: Config) -> Mirror:
+    import trackio
+
+    memory = folder / "trackio"  # the run's name, so that a resumed run continues its page
+    name = _remembered(memory)
+    run = trackio.init(
+        project=os.environ.get("TRACKIO_PROJECT", "rlkit"),
+        # It finds a run to resume by its name, and two folders may have one name.
+        name=name or f"{folder.name}-{secrets.token_hex(2)}",
+        config={"recipe": dict(config)},
+        resume="allow" if name else "never",
+        embed=False,
+    )
+    _remember(memory, run.name)
+    return TrackioMirror(run)
+
+
+def _remembered(memory: Path) -> str | None:
+    return memory.read_text().strip() if memory.exists() else None
+
+
+def _remember(memory: Path, name: str) -> None:
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_text(name)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _either(names: Iterable[str]) -> str:

@@ -149,8 +149,12 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
                 sheet[:, top : top + height, left + cell * width : left + (cell + 1) * width] = picture
         prompt = samples.prompts[i]
         item = {"prompt": (prompt.asked or prompt).text, "seed": int(samples.index[i]), "reward": _number(reward[i])}
+        if prompt.kind:
+            item["kind"] = prompt.kind
         if samples.texts:
             item["text"] = samples.texts[i]
+        if len(scores.names) > 1:  # one alone is the reward
+            item |= {name: _number(scores.raw[i, r]) for r, name in enumerate(scores.names)}
         parts = scores.components
         items.append(item | {column_of(name, parts): _number(values[i]) for name, values in parts.items()})
     name = folder / f"{row['at']:06d}"

@@ -1,7 +1,7 @@
-"""What a run leaves behind while it runs: metrics.jsonl, its mirror on Weights & Biases, and a line for the eye.
+"""What a run leaves behind while it runs: metrics.jsonl, what its mirrors show of it, and a line for the eye.
 
-metrics.jsonl is the record: reports, sweeps and `expect` read it and nothing else. W&B is a mirror that may be absent,
-since what it keeps on disk cannot be read back without its server.
+metrics.jsonl is the record: reports, sweeps and `expect` read it and nothing else. Mirrors (W&B, TensorBoard, trackio)
+may be absent.
 
 A row names its `kind` ("train", "evaluation", "event"), its `stage`, and how many training steps were finished when it
 was written: `step` in the stage, `at` over all stages. The row of the n-th training step and an evaluation of the
@@ -16,14 +16,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rlkit.errors import DataError, RecipeError
-from rlkit.mirror import Mirror
+from rlkit.mirror import Mirrors
 
 Row = Mapping[str, Any]
 
@@ -246,13 +246,21 @@ class Tracker:
     """The three together, on the first process. On any other every method does nothing, so callers need not ask."""
 
     def __init__(
-        self, folder: Path, *, config: Mapping[str, Any], wandb: str = "auto", quiet: bool = False, first: bool = True
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        wandb: str = "auto",
+        tensorboard: bool = False,
+        trackio: bool = False,
+        quiet: bool = False,
+        first: bool = True,
     ) -> None:
-        self._first, self._quiet = first, quiet
+        self._folder, self._first, self._quiet = folder, first, quiet
         self._progress: Progress | None = None
         if first:
             self._metrics = Metrics(folder)
-            self._mirror = Mirror(wandb, folder, config, self.say)
+            self._mirrors = Mirrors(folder, config, self.say, wandb=wandb, tensorboard=tensorboard, trackio=trackio)
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """A stage of `total` steps begins, or goes on after `done` of them."""
@@ -264,9 +272,9 @@ class Tracker:
         if self._first:
             row = _plain(row)
             self._metrics.append(row)
-            self._mirror.log(row)
+            self._mirrors.log(row)
             if row.get("event") == "alarm":
-                self._mirror.alert(f"{row['stage']}, step {row['step']}: {row['monitor']}", row["text"])
+                self._mirrors.alert(f"{row['stage']}, step {row['step']}: {row['monitor']}", row["text"], row["at"])
             if self._progress is not None:
                 self._progress.update(row)
 
@@ -278,19 +286,26 @@ class Tracker:
         else:
             print(text, flush=True)
 
-    def image(self, path: Path, at: int) -> None:
-        """A sheet of samples, already written to the run folder."""
+    def sheet(self, path: Path) -> None:
+        """An evaluation's pictures, already in the run folder: a PNG, and beside it what each one is and scored."""
         if self._first:
-            self._mirror.image(path, at)
+            self._mirrors.sheet(path)
 
     def rewind(self, at: int, to_come: Collection[str] = ()) -> None:
         if self._first:
             self._metrics.rewind(at, to_come)
 
+    def keep(self, told: Callable[[], Sequence[Path]]) -> None:
+        """The run is over: `told` tells of it and names the files that it wrote, which mirrors get with the record."""
+        if self._first:
+            self._leave_stage()
+            record = (self._folder / name for name in ("recipe.yaml", Metrics.NAME))
+            self._mirrors.keep([*told(), *(file for file in record if file.exists())])
+
     def close(self) -> None:
         if self._first:
             self._leave_stage()
-            self._mirror.finish()
+            self._mirrors.finish()
 
     def _leave_stage(self) -> None:
         if self._progress is not None:

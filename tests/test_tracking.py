@@ -1,4 +1,4 @@
-"""The record of a run, its mirror on W&B and its progress lines."""
+"""The record of a run, how its mirrors start and end, and its progress lines."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlkit.errors import DataError, RecipeError
-from rlkit.mirror import Mirror
+from rlkit.mirror import Mirrors
 from rlkit.tracking import Expectation, Metrics, Progress, Tracker
 
 
@@ -141,7 +141,8 @@ def test_without_a_login_wandb_is_not_even_imported(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "[]\n"
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [Metrics.NAME]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_auto_goes_online_only_with_a_login(
         return FakeRun()
 
     monkeypatch.setattr("rlkit.mirror._start_wandb", start)
-    Mirror("auto", tmp_path, {}, lambda text: None)
+    Mirrors(tmp_path, {}, lambda text: None, wandb="auto")
     assert modes == ([expected] if expected else [])
 
 
@@ -190,48 +191,34 @@ def test_a_failing_start_is_a_warning_in_auto_and_an_error_when_asked_for(
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     said: list[str] = []
-    mirror = Mirror("auto", tmp_path, {}, said.append)
-    mirror.log(train(1))
-    mirror.finish()
+    mirrors = Mirrors(tmp_path, {}, said.append, wandb="auto")
+    mirrors.log(train(1))
+    mirrors.finish()
     assert len(said) == 1
     assert "no route to host" in said[0]
     with pytest.raises(RecipeError, match=r"wandb=online.*no route to host.*wandb login"):
-        Mirror("online", tmp_path, {}, said.append)
+        Mirrors(tmp_path, {}, said.append, wandb="online")
     with pytest.raises(RecipeError, match="Did you mean 'offline'"):
-        Mirror("ofline", tmp_path, {}, said.append)
+        Mirrors(tmp_path, {}, said.append, wandb="ofline")
 
 
-def test_the_mirror_sends_numbers_only_and_its_death_does_not_stop_the_run(
+def test_w_and_b_gets_numbers_and_the_stage_and_its_death_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FakeRun()
     monkeypatch.setattr("rlkit.mirror._start_wandb", lambda *_, **__: run)
     said: list[str] = []
-    mirror = Mirror("online", tmp_path, {}, said.append)
-    mirror.log(evaluation(2, ends=True, kl=None, **{"held_out/strict": 0.5}))
-    assert run.rows == [{"step": 2, "at": 2, "held_out/strict": 0.5}]
+    mirrors = Mirrors(tmp_path, {}, said.append, wandb="online")
+    mirrors.log(evaluation(2, ends=True, kl=None, **{"held_out/strict": 0.5}))
+    assert run.rows == [{"step": 2, "at": 2, "held_out/strict": 0.5, "stage": "main"}]
     run.rows.append("dead")
-    mirror.log(train(3))
-    mirror.log(train(4))
+    mirrors.log(train(3))
+    mirrors.log(train(4))
+    mirrors.keep([tmp_path / "report.html"])
+    mirrors.finish()
     assert [text for text in said if "warning" in text] == [
         "warning: Weights & Biases stopped (gone); the run goes on without it"
     ]
-
-
-def test_offline_mode_with_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
-    without_login(monkeypatch, tmp_path)
-    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")
-    folder = tmp_path / "run"
-    for at in (1, 2):  # the second start continues the first one's page
-        tracker = Tracker(folder, config={"stages": {"main": {"lr": 0.1}}}, wandb="offline", quiet=True)
-        tracker.write(train(at, kl=0.1))
-        tracker.image(tmp_path / "sheet.png", at)
-        tracker.close()
-    runs = {path.name.rsplit("-", 1)[1] for path in (folder / "wandb").glob("offline-run-*")}
-    assert runs == {(folder / "wandb" / "id").read_text()}
-    assert list((folder / "wandb").rglob("samples*.png"))
 
 
 # ---- progress
@@ -294,8 +281,9 @@ def test_other_processes_leave_no_trace(tmp_path: Path, capsys: pytest.CaptureFi
     tracker.stage("main", total=1)
     tracker.write(train(1))
     tracker.say("words")
-    tracker.image(tmp_path / "sheet.png", 1)
+    tracker.sheet(tmp_path / "sheet.png")
     tracker.rewind(0)
+    tracker.keep(lambda: pytest.fail("the first process tells of the run"))
     tracker.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""

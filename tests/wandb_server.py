@@ -1,8 +1,8 @@
 """A stand-in for W&B's server on 127.0.0.1: one grid sweep, and what its runs send.
 
-It answers what the client of the pinned version asks (GraphQL, the file stream, uploads), as far as `wandb sweep`,
-`wandb agent` and online runs need it. So it shows that rlkit and the client speak together; what the real server does
-with a sweep, it does not show.
+It answers what the client of the pinned version asks (GraphQL, the file stream, uploads, artifacts), as far as
+`wandb sweep`, `wandb agent` and online runs, resumed ones too, need it. So it shows that rlkit and the client speak
+together; what the real server does with a sweep, it does not show.
 """
 
 import itertools
@@ -11,6 +11,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -19,7 +20,8 @@ KEY = "0123456789abcdef" * 2 + "01234567"  # 40 signs, as W&B's keys have
 
 
 class Wandb:
-    """What came in: the sweep, the settings that were handed out, and by run its config, history and exit code."""
+    """What came in: the sweep, the settings that were handed out, by run its config, history, alerts and exit code; the
+    uploaded files by name, and the artifacts by name with a version, name -> content of its files, for each."""
 
     def __init__(self) -> None:
         self.sweep: dict[str, Any] = {}
@@ -29,6 +31,9 @@ class Wandb:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.summary: dict[str, dict[str, Any]] = {}
         self.exits: dict[str, int] = {}
+        self.alerts: dict[str, list[str]] = {}
+        self.uploads: dict[str, bytes] = {}
+        self._artifacts: list[str] = []  # the name of each version; its position is the version's id
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -68,7 +73,9 @@ class Wandb:
                 self.reply({})
 
             def do_PUT(self) -> None:
-                self.taken()
+                body = self.taken()
+                with wandb.lock:
+                    wandb.uploads[unquote(self.path).removeprefix("/upload/")] = body
                 self.reply({})
 
             def do_POST(self) -> None:
@@ -88,8 +95,8 @@ class Wandb:
         files = body.get("files") or {}
         for name, part in files.items():
             lines = [json.loads(line) for line in part.get("content", []) if name.endswith((".jsonl", ".json"))]
-            if name == "wandb-history.jsonl":
-                self.history.setdefault(run, []).extend(lines)
+            if name == "wandb-history.jsonl":  # what a client writes over is gone
+                self.history[run] = [*self.history.get(run, [])[: part["offset"]], *lines]
             elif name == "wandb-summary.json":
                 self.summary[run] = lines[-1]
         if body.get("complete"):
@@ -107,6 +114,13 @@ class Wandb:
             return {"agentHeartbeat": {"agent": {"id": "QWdlbnQ="}, "commands": json.dumps(self._commands(told))}}
         if "upsertBucket" in asked:
             return {"upsertBucket": {"bucket": self._bucket(told), "inserted": True}}
+        if "notifyScriptableRunAlert" in asked:
+            self.alerts.setdefault(told["runName"], []).append(told["title"])
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if "model" in asked:
+            return {"model": {**PROJECT, "bucket": self._resumed(told["name"])}}
+        if any("Artifact" in word for word in asked):
+            return self._artifact(asked, told)
         if "createRunFiles" in asked:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in told.get("files", [])]
             return {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}
@@ -116,6 +130,48 @@ class Wandb:
         if "sweep" in asked:
             return {"project": {**PROJECT, "sweep": self._sweep()}}
         return {"serverInfo": SERVER}
+
+    def artifacts(self) -> dict[str, list[dict[str, bytes]]]:
+        """name -> its versions, each as name of a file -> its bytes."""
+        found: dict[str, list[dict[str, bytes]]] = {}
+        for number, name in enumerate(self._artifacts):
+            place = f"artifact/{number}/"
+            files = {key.removeprefix(place): body for key, body in self.uploads.items() if key.startswith(place)}
+            found.setdefault(name, []).append(files)
+        return found
+
+    def _artifact(self, asked: set[str], told: dict[str, Any]) -> dict[str, Any]:
+        if "createArtifact" in asked:
+            self._artifacts.append(told["input"]["artifactCollectionName"])
+            made = {"id": f"{len(self._artifacts) - 1}", "state": "PENDING"}
+            return {"createArtifact": {"artifact": {**made, "artifactSequence": {"latestArtifact": None}}}}
+        if "createArtifactManifest" in asked or "updateArtifactManifest" in asked:
+            which = "createArtifactManifest" if "createArtifactManifest" in asked else "updateArtifactManifest"
+            file = {"id": "RmlsZQ==", "name": "m", "displayName": "m", "uploadUrl": f"{self.url}/manifest"}
+            return {which: {"artifactManifest": {"id": "TWFuaWZlc3Q=", "file": {**file, "uploadHeaders": []}}}}
+        if "createArtifactFiles" in asked:
+            edges = [{"node": self._artifact_file(one)} for one in told["input"]["artifactFiles"]]
+            return {"createArtifactFiles": {"files": {"edges": edges}}}
+        if "commitArtifact" in asked:
+            return {"commitArtifact": {"artifact": {"id": told["artifactID"], "digest": "d"}}}
+        return {"project": {"artifact": None, "artifactType": None}}  # none is there yet
+
+    def _artifact_file(self, one: dict[str, Any]) -> dict[str, Any]:
+        number, name = one["artifactID"], one["name"]
+        place = {"uploadUrl": f"{self.url}/upload/artifact/{number}/{name}", "uploadHeaders": []}
+        more = {"uploadMultipartUrls": None, "storagePath": None, "artifact": {"id": number}}
+        return {"id": "RmlsZQ==", "name": name, "displayName": name, **place, **more}
+
+    def _resumed(self, name: str) -> dict[str, Any] | None:
+        """What a client that goes on with a run is told of it."""
+        if name not in self.configs:
+            return None
+        lines = self.history.get(name, [])
+        tail = json.dumps([json.dumps(line) for line in lines[-1:]])
+        counts = {"historyLineCount": len(lines), "logLineCount": 0, "eventsLineCount": 0}
+        told = {"config": json.dumps(self.configs[name]), "summaryMetrics": json.dumps(self.summary.get(name, {}))}
+        more = {"historyTail": tail, "eventsTail": "[]", "tags": [], "notes": None, "wandbConfig": json.dumps({"t": 1})}
+        return {"id": "UnVu", "name": name, "displayName": name, "stopped": False, **counts, **told, **more}
 
     def _begin(self, sweep: dict[str, Any]) -> None:
         """Every point of the grid, as W&B hands them out: the parameters in the order of their names."""
