@@ -6,102 +6,20 @@ it then says how far the run came. Nothing here judges by exit code; `expect` is
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkit import charts
+from rlkit import charts, report_stages
 from rlkit import report_page as page
-from rlkit.charts import Span
-from rlkit.errors import DataError, RecipeError
-from rlkit.tracking import HELD_OUT, Expectation, Metrics, held_out
+from rlkit.errors import RecipeError
+from rlkit.report_page import HEADLINES
+from rlkit.report_run import Row, Run, of
+from rlkit.tracking import HELD_OUT, Expectation, held_out
 
 TRAINED_ON = ("per_step", "group", "kinds", "split")  # of a stage's data: what does not change its held-out prompts
-HEADLINES = ("strict", "graded", "reward")  # the first that was measured opens the report
 NOTES = {"Held-out": "± one standard error", "Training reward": "± one standard deviation over samples"}
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds."""
-
-    folder: Path
-    rows: list[dict[str, Any]]
-    recipe_text: str
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: Path) -> Run:
-        import yaml
-
-        if not folder.is_dir():
-            hint = "Give the folder that `rlkit train` named when it began."
-            raise DataError("there is no such run folder.", where=str(folder), hint=hint)
-        rows = Metrics.read(folder) if (folder / Metrics.NAME).exists() else []
-        if not rows:
-            hint = "The run ended before its first step, or this is not the folder of a run."
-            raise DataError(f"no numbers in {Metrics.NAME}.", where=str(folder), hint=hint)
-        text = _text(folder / "recipe.yaml")
-        environment = json.loads(_text(folder / "environment.json") or "{}")
-        return cls(folder, rows, text, yaml.safe_load(text) or {}, environment)
-
-    @cached_property
-    def train(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == "train"]
-
-    @cached_property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """One for each point of a stage, since a resumed run may have evaluated its checkpoint again; two where a
-        monitor went back: what it left, and what it restored."""
-        found = [row for row in self.rows if row["kind"] == "evaluation"]
-        latest = {(row["stage"], row["step"], row.get("restored")): row for row in found}
-        return sorted(latest.values(), key=lambda row: row["at"])
-
-    @cached_property
-    def events(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["kind"] == "event"]
-
-    @property
-    def alarms(self) -> list[dict[str, Any]]:
-        return [row for row in self.events if row["event"] == "alarm"]
-
-    @property
-    def stages(self) -> list[str]:
-        """In the order in which they ran."""
-        return list(dict.fromkeys(row["stage"] for row in self.rows if row["kind"] != "event"))
-
-    @property
-    def finished(self) -> bool:
-        said = [row["event"] for row in self.events if row["event"] in ("finished", "interrupted", "resumed")]
-        return said[-1:] == ["finished"]
-
-    @property
-    def steps(self) -> int:
-        return max((int(row["at"]) for row in self.train), default=0)
-
-    @property
-    def planned(self) -> int:
-        """Steps of all stages, as the recipe has them."""
-        return sum(int(stage.get("steps") or 0) for stage in (self.recipe.get("stages") or {}).values())
-
-    def spans(self) -> list[Span]:
-        found: list[Span] = []
-        for name in self.stages:
-            at = [row["at"] for row in (*self.train, *self.evaluations) if row["stage"] == name]
-            found.append(Span(name, found[-1].end if found else min(at), max(at)))
-        return found
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
 
 # ---- for scripts -----------------------------------------------------------------------------------------------------
 
@@ -113,21 +31,25 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def _summary(run: Run) -> dict[str, Any]:
     command = str(run.environment.get("command", ""))
+    comparable, expected = _comparable(run), _expectations(run)
+    changes = {name: _changes(of(run.evaluations, name)) for name in run.stages}
+    result = _changes(comparable, without={task for name in run.stages for task in run.also(name)})
     return {
         "recipe": _recipe_name(run, command),
         "command": command,
         "finished": run.finished,
         "steps": run.steps,
         "seconds": _seconds(run),
-        "held_out": _changes(_comparable(run)),
+        "headline": page.headline(result),
+        "held_out": result,
+        "held_out_of": list(dict.fromkeys(row["stage"] for row in comparable)),
         "stages": {
-            name: {
-                metric: {"before": change["before"], "after": change["after"]}
-                for metric, change in _changes(_of(run.evaluations, name)).items()
-            }
-            for name in run.stages
+            name: {metric: {"before": change["before"], "after": change["after"]} for metric, change in found.items()}
+            for name, found in changes.items()
         },
-        "expect": _expectations(run),
+        "course": report_stages.course(run, changes, expected),
+        "tasks": report_stages.tasks(run),
+        "expect": expected,
         "alarms": [_alarm(run, row) for row in run.alarms],
     }
 
@@ -157,16 +79,14 @@ def _comparable(run: Run) -> list[Row]:
     return [row for row in run.evaluations if asked(row["stage"]) == asked(run.stages[-1])]
 
 
-def _of(rows: Sequence[Row], stage: str) -> list[Row]:
-    return [row for row in rows if row["stage"] == stage]
-
-
-def _changes(evaluations: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def _changes(evaluations: Sequence[Row], without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Each held-out score at its first and at its last evaluation; `after` is None where there was only one.
 
+    without: stages; how their tasks fare, NAME/STAGE, is left out.
     `change_se` takes the two sets of pictures as independent. They share prompts and seeds, so it is rather too large.
     """
     names = list(dict.fromkeys(name for row in evaluations for name in held_out(row)))
+    names = [name for name in names if name.rpartition("/")[2] not in without or "/" not in name]
     names.sort(key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
     found = {}
     for name in names:
@@ -200,7 +120,7 @@ def _seconds(run: Run) -> dict[str, float]:
 
 def _expectations(run: Run) -> list[dict[str, Any]]:
     found = []
-    for name, stage in (run.recipe.get("stages") or {}).items():
+    for name, stage in run.course.items():
         for metric, rule in (stage.get("expect") or {}).items():
             found.append({"stage": name, "metric": metric, "rule": rule, "met": _met(run, name, metric, str(rule))})
     return found
@@ -208,13 +128,12 @@ def _expectations(run: Run) -> list[dict[str, Any]]:
 
 def _met(run: Run, stage: str, metric: str, rule: str) -> bool | None:
     """Whether the rule holds at the stage's end; None where that cannot be said."""
-    ended = run.finished or stage in run.stages[:-1]
-    values = [row[metric] for row in _of(run.evaluations, stage) if row.get(metric) is not None]
+    values = [row[metric] for row in of(run.evaluations, stage) if row.get(metric) is not None]
     if len(values) < 2:  # not measured on held-out prompts: the first and the last tenth of training
-        series = [row[metric] for row in _of(run.train, stage) if row.get(metric) is not None]
+        series = [row[metric] for row in of(run.train, stage) if row.get(metric) is not None]
         tenth = math.ceil(len(series) / 10)
         values = [_mean(series[:tenth]), _mean(series[-tenth:])] if len(series) > 1 else []
-    if not ended or not values:
+    if not run.ended(stage) or not values:
         return None
     try:
         return Expectation.parse(rule).met(values[0], values[-1])
@@ -230,19 +149,21 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def sentence(facts: Row) -> str:
-    """What `summary` says, in words that stay true when nothing rose."""
-    return " ".join(_sentences(facts))
+    """What `summary` says, in words that stay true when nothing rose; then a line for each of several stages."""
+    several = report_stages.lines(facts["course"], facts["tasks"]) if len(facts["course"]) > 1 else []
+    return "\n".join([" ".join(_sentences(facts)), *several])
 
 
 def _sentences(facts: Row) -> list[str]:
     """The result first."""
     changes = facts["held_out"]
     effort = f"in {page.duration(facts['seconds']['total'])} and {facts['steps']:,} steps"
+    effort += f" of {len(facts['course'])} stages" if len(facts["course"]) > 1 else ""
     stopped = "" if facts["finished"] else "The run did not finish; so far: "
     names = [name for name in HEADLINES if name in changes] or list(changes)[:1]
     if not names:
         return [f"{stopped}{'nothing' if stopped else 'Nothing'} was evaluated on held-out prompts {effort}."]
-    told = [_told(name, changes[name], images=name == names[0]) for name in names]
+    told = [_told(name, changes[name], images=name == names[0], whose=_whose(facts)) for name in names]
     words = [f"{stopped}{'held-out' if stopped else 'Held-out'} {told[0]} {effort}."]
     if len(told) > 1:
         words.append(f"Held-out {', '.join(told[1:])}.")
@@ -271,8 +192,14 @@ def _expected(rules: Sequence[Row]) -> list[str]:
     return [f"Of {len(met)} rules that the recipe expects to hold, {met.count(True)} do{unknown}."] if met else []
 
 
-def _told(name: str, change: Row, images: bool) -> str:
-    label = name if name == "reward" else f"{name} reward"
+def _whose(facts: Row) -> str:
+    """Of which stages the scores are, where it is not of all of them."""
+    asked = facts["held_out_of"]
+    return f" of {' and '.join(asked)}" if 0 < len(asked) < len(facts["course"]) else ""
+
+
+def _told(name: str, change: Row, images: bool, whose: str) -> str:
+    label = (name if name == "reward" else f"{name} reward") + (whose if images else "")
     count = f"{change['count']:,} images" if images and change["count"] else ""
     if change["after"] is None:
         return f"{label} was {change['before']:.3f}{f' ({count})' if count else ''} at its only evaluation"
@@ -287,20 +214,23 @@ def write(folder: Path) -> Path:
     facts, spans, sheets = _summary(run), run.spans(), charts.sheets(folder)
     panels = [("Held-out", page.held_out_lines(run.evaluations)), ("Training reward", page.reward_lines(run.train))]
     charts.curve(folder / "curve.png", panels, spans)
+    several = len(facts["course"]) > 1
     marks = [(row["at"], row["text"]) for row in facts["alarms"]]
     pair = charts.pair(sheets)
     for sheet, name in zip(pair, ("before.png", "after.png"), strict=False):
         charts.enlarge(sheet, folder / name)
     sections = [
         page.header(facts, _sentences(facts), run.environment, run.planned),
-        page.cards({name: facts["held_out"][name] for name in HEADLINES if name in facts["held_out"]}),
+        page.cards({name: facts["held_out"][name] for name in HEADLINES if name in facts["held_out"]}, _whose(facts)),
         page.alarms(facts["alarms"]),
+        report_stages.table(facts["course"]) if several else "",
+        report_stages.matrix(facts["tasks"]),
         page.section(
             "Reward", *(charts.chart(title, lines, spans, NOTES[title], marks=marks) for title, lines in panels)
         ),
         page.pictures(pair),
-        page.scores(facts["held_out"]),
-        page.expectations(facts["expect"]),
+        page.scores(facts["held_out"], _whose(facts)),
+        "" if several else page.expectations(facts["expect"]),
         page.section("Training", *page.diagnostics(run.train, spans), style="small"),
         page.section("Monitors", *page.monitors([*run.train, *run.evaluations], spans, marks), style="small"),
         page.timing(facts["seconds"], facts["steps"]),
@@ -310,3 +240,6 @@ def write(folder: Path) -> Path:
     path = folder / "report.html"
     path.write_text(page.document(f"{facts['recipe']} · rlkit", sections), encoding="utf-8")
     return path
+
+
+__all__ = ["Run", "sentence", "summary", "write"]

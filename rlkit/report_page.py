@@ -5,7 +5,7 @@ The page loads nothing: no script, font or picture from elsewhere. Everything th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlkit.tracking import HELD_OUT
 
 Row = Mapping[str, Any]
 
+HEADLINES = ("strict", "graded", "reward")  # of a run or a stage: the first that was measured stands for it
 MONITOR = "monitor/"
 PICTURES = 24
 SCORES = ("strict", "graded", "reward")  # of one picture, the most telling first
@@ -42,6 +43,12 @@ DIAGNOSTICS = {  # what to plot of the training rows, where they have it: key ->
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
+def headline(measured: Iterable[str]) -> str | None:
+    """The score that stands for the others."""
+    names = list(measured)
+    return next((name for name in (*HEADLINES, *names) if name in names), None)
+
+
 def direction(change: Row) -> int:
     """1 up, -1 down, 0 neither: the same, or within the noise."""
     moved = change["change"] or 0.0
@@ -65,11 +72,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _way(direction: int) -> str:
+def tone(direction: int) -> str:
     return {1: "up", -1: "down", 0: "same"}[direction]
 
 
-def _score(value: float | None, error: float | None = None) -> str:
+def score(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" + ("" if error is None else f"<small> ± {error:.3f}</small>")
@@ -153,16 +160,17 @@ def header(facts: Row, told: Sequence[str], environment: Row, planned: int) -> s
     return f'<header><p class="meta">{top}</p><h1>{escape(headline)}</h1>{more}</header>'
 
 
-def cards(changes: Mapping[str, Row]) -> str:
+def cards(changes: Mapping[str, Row], whose: str = "") -> str:
     """The large numbers on top."""
     parts = []
     for name, change in changes.items():
         moved = ""
         if change["change"] is not None:
-            moved = f'<span class="{_way(direction(change))}">{difference(change)}</span>'
+            moved = f'<span class="{tone(direction(change))}">{difference(change)}</span>'
         now = change["before"] if change["after"] is None else change["after"]
         start = "" if change["after"] is None else f"from {change['before']:.3f} "
-        parts.append(f'<div class="card"><span>held-out {escape(name)}</span><b>{now:.3f}</b>{start}{moved}</div>')
+        label = escape(f"held-out {name}{whose}")
+        parts.append(f'<div class="card"><span>{label}</span><b>{now:.3f}</b>{start}{moved}</div>')
     return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
 
 
@@ -248,7 +256,7 @@ def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bo
     return f'<div class="pair {way}">{shown}<p>{mark}{prompt}</p><div class="marks">{"".join(marks)}</div></div>'
 
 
-def scores(changes: Mapping[str, Row]) -> str:
+def scores(changes: Mapping[str, Row], whose: str = "") -> str:
     if not changes:
         return ""
     rows = []
@@ -257,16 +265,17 @@ def scores(changes: Mapping[str, Row]) -> str:
         moved = "–" if change["change"] is None else difference(change)
         style = ' class="part"' if "/" in name else ""
         rows.append(
-            f"<tr{style}><td>{label}</td><td>{_score(change['before'], change['before_se'])}</td>"
-            f"<td>{_score(change['after'], change['after_se'])}</td>"
-            f'<td class="{_way(direction(change))}">{moved}</td></tr>'
+            f"<tr{style}><td>{label}</td><td>{score(change['before'], change['before_se'])}</td>"
+            f"<td>{score(change['after'], change['after_se'])}</td>"
+            f'<td class="{tone(direction(change))}">{moved}</td></tr>'
         )
     head = "<tr><th>held-out score</th><th>before</th><th>after</th><th>change</th></tr>"
     note = (
         "± is one standard error; that of a change takes the two sets of pictures as independent, which they are not: "
     )
     note += "it is rather too large. Colour marks changes of more than two."
-    return f'<section><h2>Held-out prompts</h2><table>{head}{"".join(rows)}</table><p class="note">{note}</p></section>'
+    title = f"<h2>Held-out prompts{escape(whose)}</h2>"
+    return f'<section>{title}<table>{head}{"".join(rows)}</table><p class="note">{note}</p></section>'
 
 
 def expectations(expected: Sequence[Row]) -> str:

@@ -363,3 +363,173 @@ def test_a_run_of_several_tasks_is_summed_up_by_its_last_one(tmp_path: Path) -> 
     alike = told.format(data.format("edit", "[add]"), data.format("edit", "null"))
     facts = summary(run_folder(tmp_path / "other", rows, alike))
     assert (facts["held_out"]["strict"]["before"], facts["held_out"]["strict"]["after"]) == (0.5, 0.2)
+
+
+# ---- several stages
+
+CURRICULUM = """
+run: {order: [edit, t2i, put]}
+stages:
+  never_asked: {steps: 7, expect: {kl: "> 0"}}
+  edit: &stage
+    algorithm: {name: diffusion_nft}
+    rewards: {composition: {weight: 1.0}, <b>: {weight: 0.5}}
+    data: {name: world, task: edit}
+    evaluate: {also: [t2i]}
+    steps: 2
+    until: null
+    carry: {weights: current, optimizer: false}
+    anchor: stage_start
+    expect: {held_out/strict: "> before + 0.1"}
+  t2i:
+    <<: *stage
+    data: {name: world, task: t2i}
+    evaluate: {also: [edit]}
+    carry: {weights: ema, optimizer: true}
+  put:
+    <<: *stage
+    data: {name: world, task: in_context}
+    evaluate: {also: []}
+"""
+
+
+def measured(at: int, stage: str, step: int, strict: float, **others: float) -> dict[str, Any]:
+    """An evaluation that also measured other stages' tasks, as held_out/strict/STAGE."""
+    also = {f"held_out/strict/{name}": value for name, value in others.items()}
+    return evaluation(at, strict, stage=stage, step=step) | also | {f"{name}_se": 0.04 for name in also}
+
+
+LEARNED = [
+    measured(0, "edit", 0, 0.25, t2i=0.5, edit=0.25),
+    train(1, "edit"),
+    train(2, "edit"),
+    measured(2, "edit", 2, 0.5, t2i=0.375, edit=0.5),
+    measured(2, "t2i", 0, 0.375, edit=0.5, t2i=0.375),
+    train(3, "t2i") | {"step": 1},
+    train(4, "t2i") | {"step": 2},
+    measured(4, "t2i", 2, 0.375, edit=0.25, t2i=0.375),
+]
+STOPPED = event(4, "finished", **{"seconds/total": 30.0})
+
+
+def test_each_stage_says_what_it_learned_and_took_over(tmp_path: Path) -> None:
+    course = summary(run_folder(tmp_path / "run", [*LEARNED, STOPPED], CURRICULUM))["course"]
+    assert [one["name"] for one in course] == ["edit", "t2i", "put"], (
+        "in the order of the run, without what is left out"
+    )
+    edit, t2i, put = course
+    assert (edit["algorithm"], edit["rewards"]) == ("diffusion_nft", ["composition", "<b>"])
+    assert (edit["steps"], edit["planned"], edit["ended"], edit["why"]) == (2, 2, "steps", "all steps")
+    assert edit["headline"] == "strict"
+    assert (edit["held_out"]["before"], edit["held_out"]["after"], edit["held_out"]["change"]) == (0.25, 0.5, 0.25)
+    assert edit["held_out"]["change_se"] == pytest.approx(0.03 * 2**0.5)
+    assert edit["seconds"] == pytest.approx(2 * 1.75 + 2 * 2.0)
+    assert [one["met"] for one in edit["expect"]] == [True]
+    assert [one["met"] for one in t2i["expect"]] == [False]
+    assert (edit["carry"], t2i["carry"]) == (None, {"weights": "ema", "optimizer": True})
+    assert (put["began"], put["ended"], put["why"], put["held_out"]) == (False, None, "never began", None)
+    assert [one["met"] for one in put["expect"]] == [None]
+
+
+@pytest.mark.parametrize(
+    ("until", "last", "ended", "why"),
+    [
+        ("{metric: held_out/strict, above: 0.4}", 0.5, "until", "held_out/strict above 0.4"),
+        ("{metric: held_out/strict, above: 0.6}", 0.5, "early", "ended early"),  # the recipe was changed since
+        ("{metric: held_out/strict, plateau: 2}", 0.2, "until", "held_out/strict rose no more"),
+        ("{metric: cpu_seconds, above: 40}", 0.5, "time", "cpu_seconds above 40"),
+        ("null", 0.5, "early", "ended early"),
+    ],
+)
+def test_why_a_stage_ended_before_its_steps_were_over(
+    tmp_path: Path, until: str, last: float, ended: str, why: str
+) -> None:
+    rows = [evaluation(0, 0.3), train(1), evaluation(1, last), event(1, "finished")]
+    recipe = f"stages: {{main: {{steps: 9, until: {until}}}}}"
+    (one,) = summary(run_folder(tmp_path / "run", rows, recipe))["course"]
+    assert (one["ended"], one["why"], one["steps"], one["planned"]) == (ended, why, 1, 9)
+
+
+@pytest.mark.parametrize(
+    ("action", "more", "ending"),
+    [
+        ("stop", [], ("alarm", "alarm of collapse, run ended")),
+        ("roll_back", [], ("alarm", "alarm of collapse, rolled back")),
+        ("warn", [], ("steps", "all steps")),
+        ("stop", [train(5)], ("steps", "all steps")),  # somebody let it go on
+    ],
+)
+def test_a_stage_that_a_monitor_ended(tmp_path: Path, action: str, more: list[Any], ending: tuple[str, str]) -> None:
+    alarm = event(4, "alarm", monitor="collapse", value=3.0, threshold=2.0, action=action, text="alarm, collapse: x")
+    rows = [*FINISHED[:-1], alarm, *more, FINISHED[-1]]
+    (one,) = summary(run_folder(tmp_path / "run", rows))["course"]
+    assert (one["ended"], one["why"]) == ending
+
+
+def test_a_stage_that_its_rewards_were_refused_in_has_begun(tmp_path: Path) -> None:
+    alarm = event(0, "alarm", monitor="sanity", value=0.4, threshold=0.8, action="stop", text="alarm, sanity: x")
+    (one,) = summary(run_folder(tmp_path / "run", [alarm]))["course"]
+    assert (one["began"], one["ended"], one["steps"]) == (True, "alarm", 0)
+
+
+def test_a_stage_under_way_has_not_ended(tmp_path: Path) -> None:
+    edit, t2i, put = summary(run_folder(tmp_path / "run", LEARNED[:-1], CURRICULUM))["course"]
+    assert (edit["ended"], t2i["ended"], put["ended"]) == ("steps", None, None)
+    assert (edit["began"], t2i["began"], put["began"]) == (True, True, False)
+    assert t2i["why"] == "not ended"
+
+
+def test_how_each_task_fares_after_each_stage(tmp_path: Path) -> None:
+    fared = summary(run_folder(tmp_path / "run", [*LEARNED, STOPPED], CURRICULUM))["tasks"]
+    assert fared["score"] == {"edit": "strict", "t2i": "strict"}
+    values = {row["after"]: {task: cell["value"] for task, cell in row["scores"].items()} for row in fared["rows"]}
+    assert values == {
+        None: {"edit": 0.25, "t2i": 0.5},
+        "edit": {"edit": 0.5, "t2i": 0.375},
+        "t2i": {"edit": 0.25, "t2i": 0.375},
+    }
+    forgotten = fared["rows"][2]["scores"]["edit"]
+    assert forgotten["change"] == -0.25, "since the row above"
+    assert forgotten["change_se"] == pytest.approx(0.05)  # its own evaluation's .03, and .04: 3-4-5
+
+
+def test_a_kind_of_prompt_is_no_task(tmp_path: Path) -> None:
+    facts = summary(run_folder(tmp_path / "run", [*LEARNED, STOPPED], CURRICULUM))
+    assert set(facts["held_out"]) == {"strict", "strict/place"}, "and a task is no kind of prompt"
+    assert "place" not in facts["tasks"]["score"]
+    plain = CURRICULUM.replace("also: [t2i]", "also: []").replace("also: [edit]", "also: []")
+    assert summary(run_folder(tmp_path / "other", [*LEARNED, STOPPED], plain))["tasks"] is None
+
+
+def test_the_terminal_has_a_line_for_each_of_several_stages(tmp_path: Path) -> None:
+    first, *others = sentence(summary(run_folder(tmp_path / "run", [*LEARNED, STOPPED], CURRICULUM))).splitlines()
+    assert first.startswith("Held-out strict reward of t2i did not move beyond the noise: from 0.375 to 0.375")
+    assert "in 30 s and 4 steps of 3 stages." in first
+    rule = "expected held_out/strict > before + 0.1"
+    assert others == [
+        f"  edit  2 of 2 steps; strict 0.250 to 0.500 (+0.250 ± 0.042); {rule}: met; 8 s",
+        f"  t2i   2 of 2 steps; strict 0.375 to 0.375 (+0.000 ± 0.042); {rule}: not met; 8 s",
+        "  put   never began",
+        "  after t2i: edit 0.250, t2i 0.375",
+    ]
+
+
+def test_the_page_of_several_stages_has_both_tables(tmp_path: Path) -> None:
+    page = write(run_folder(tmp_path / "run", [*LEARNED, STOPPED], CURRICULUM)).read_text()
+    assert "<h2>Stages</h2>" in page
+    assert "composition, &lt;b&gt;" in page
+    assert "averaged weights, optimiser&#x27;s moments" in page
+    assert "never began" in page
+    assert "What the recipe expects" not in page, "the stages' table has it"
+    assert "<h2>Each task after each stage</h2>" in page
+    assert '<td class="down">0.250<small> ± 0.040</small></td>' in page, "forgotten"
+    assert "<b>0.500<small> ± 0.030</small></b>" in page, "the stage's own"
+    assert "Held-out prompts of t2i" in page
+
+
+def test_the_page_of_one_stage_has_neither(finished: Path) -> None:
+    page = write(finished).read_text()
+    assert "<h2>Stages</h2>" not in page
+    assert "after each stage" not in page
+    assert "What the recipe expects" in page
+    assert "\n" not in sentence(summary(finished))
