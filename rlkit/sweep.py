@@ -37,6 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, metavar="DIR", help="where it goes (default: runs/sweep-NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder")
     parser.add_argument("--seeds", type=_seeds, default=(), metavar="N,N", help="run every setting with each of these")
+    parser.add_argument("--show", nargs="+", default=[], metavar="METRIC", help="more columns of the table")
     parser.add_argument("--draw", type=_count, default=1, metavar="N", help="another N draws other random settings")
 
 
@@ -94,7 +95,7 @@ def _new(options: argparse.Namespace) -> tuple[Sweep, Board]:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, folder / COPY)
     facts = {"file": str(path), "words": list(words), "seeds": list(options.seeds), "draw": options.draw, "mark": mark}
-    board = Board(folder, facts, {})
+    board = Board(folder, facts | {"show": options.show}, {})
     board.put(*trials)
     return sweep, board
 
@@ -104,6 +105,7 @@ def _again(options: argparse.Namespace) -> tuple[Sweep, Board]:
         hint = f"Write rlkit sweep --resume {options.resume}, and --workers if you like."
         raise RecipeError("a sweep goes on as it began.", where="--resume", hint=hint)
     board = Board.open(options.resume)
+    board = replace(board, facts={**board.facts, "show": options.show or board.facts.get("show", [])})
     sweep = sweep_file.read(board.folder / COPY)
     left = still_running(board)
     if left:

@@ -560,6 +560,24 @@ def test_seeds_are_one_row_with_their_mean_and_spread(tmp_path):
     assert [row["setting"][LR] for row in sweep_table.facts(less, board)["rows"]] == [1, 2]
 
 
+def test_other_numbers_of_the_same_trials_stand_beside_the_metric(tmp_path):
+    own = sweep_file.read(a_file(tmp_path, parameters={LR: {"values": [1, 2]}, "run.seed": {"values": [0, 1]}}))
+    board = a_board(tmp_path, [({LR: 1, "run.seed": seed}, None, "finished", [0.5, 0.6]) for seed in (0, 1)])
+    for trial, values in zip(board.trials.values(), ([0.9, 0.2], [0.4]), strict=True):
+        for step, value in enumerate(values, 10):
+            row = {"kind": "evaluation", "stage": "main", "step": step, "at": step}
+            Metrics(board.place(trial)).append(row | {"held_out/strict/count": value})
+    board.facts["show"] = ["held_out/strict/count", "held_out/strikt"]
+    told = sweep_table.facts(own, board)
+    count = told["rows"][0]["more"]["held_out/strict/count"]
+    assert (count["mean"], count["n"]) == (pytest.approx(0.3), 2), "the last of each"
+    assert count["std"] == pytest.approx(math.sqrt(0.02))
+    head, _, first, *rest = sweep_table.markdown(told).splitlines()
+    assert "| n | held_out/strict/count | held_out/strikt | state |" in head
+    assert "| 2 | 0.3 ± 0.14 |  | finished |" in first
+    assert "held_out/strikt was never logged. Did you mean 'held_out/strict'?" in "\n".join(rest)
+
+
 def test_a_setting_that_lacks_a_seed_comes_after_those_that_have_all(tmp_path):
     trials = [({LR: 1}, 0, "finished", [0.9]), ({LR: 1}, 1, "failed", [0.9]), ({LR: 2}, 0, "finished", [0.3])]
     trials += [({LR: 2}, 1, "finished", [0.3]), ({LR: 3}, 0, "stopped", [0.95]), ({LR: 4}, 0, "waiting", [])]
@@ -580,11 +598,12 @@ def test_columns_are_named_as_short_as_can_be():
     assert text_of({"a.b": [1, "x"], "c": True}) == ["a.b=[1, 'x']", "c=True"], "as Python writes them"
 
 
-def test_the_sweep_that_is_shipped_is_checked():
-    shipped = sweep_file.read(Path(__file__).parents[1] / "docs" / "sweeps" / "quickstart.yaml")
+@pytest.mark.parametrize(("name", "trials"), [("quickstart", 8), ("omnigen2", 10)])
+def test_the_sweeps_that_are_shipped_are_checked(name, trials):
+    shipped = sweep_file.read(Path(__file__).parents[1] / "docs" / "sweeps" / f"{name}.yaml")
     for setting in shipped.settings():
         sweep_file.check_setting(shipped, (), setting)
-    assert len(sweep.planned(shipped, (), 1)) == 8
+    assert len(sweep.planned(shipped, (), 1)) == trials
 
 
 def test_the_readme_shows_the_sweep_that_is_shipped():
