@@ -29,7 +29,7 @@ from rlkit.errors import DataError, RecipeError, RlkitError, nearest
 
 if TYPE_CHECKING:
     from rlkit.policy import Policy
-    from rlkit.trainer import Setup
+    from rlkit.stages import Setup
     from rlkit.types import Samples
 
 PREFIX = "arena_"
@@ -373,25 +373,26 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 def _compared(race: Race, base: Policy, clean: Samples) -> dict[str, float]:
-    from rlkit import session, trainer
+    from rlkit import session
+    from rlkit.held_out import showing
 
     setup = race.contestant.setup
     policy = session.load_drawing(setup, folder=race.folder)
-    weights = trainer.showing(setup.stages[0], policy).policy_set
+    weights = showing(setup.stages[0], policy).policy_set
     return {"divergence": divergence(policy, base, clean, weights), "diversity": diversity(setup, policy)}
 
 
 def sampled(setup: Setup, policy: Policy, prompts: Sequence[Any], group: int) -> Samples:
     """`group` pictures of each prompt, as the stage shows them, from noise that no evaluation has."""
-    from rlkit import trainer
     from rlkit.data import PromptBatch
     from rlkit.dist import Processes
+    from rlkit.held_out import of_one_size, showing
     from rlkit.types import Context
 
     stage, alone = setup.stages[0], Processes()
     context = Context(0, "arena", 0, stage.rollout.steps, {}, alone.gather)
-    batch = PromptBatch(trainer.of_one_size(tuple(prompts)), group)
-    samples: Samples = stage.rollout.start(policy, alone).collect(batch, trainer.showing(stage, policy), context)
+    batch = PromptBatch(of_one_size(tuple(prompts)), group)
+    samples: Samples = stage.rollout.start(policy, alone).collect(batch, showing(stage, policy), context)
     return samples
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from rlkit import dist, flow, recipe, session, trainer
 from rlkit.errors import RecipeError, nearest
 from rlkit.policy import Policy
+from rlkit.stages import Setup
 from rlkit.tracking import Tracker
 from rlkit.types import Backbone, Condition, FlowModel, Prompt, Samples, Scores, generator
 from rlkit.weights import Weights
@@ -392,7 +393,7 @@ def train(workload: str, algorithm: str | None = None, words: Sequence[str] = ()
         )
 
 
-def compose(workload: str, algorithm: str | None = None, words: Sequence[str] = ()) -> trainer.Setup:
+def compose(workload: str, algorithm: str | None = None, words: Sequence[str] = ()) -> Setup:
     """The workload's recipe, checked. With another algorithm a step's rows may not divide into the recipe's updates:
     the step is then one update, in passes as large as before."""
     if workload not in WORKLOADS:
@@ -408,7 +409,7 @@ def compose(workload: str, algorithm: str | None = None, words: Sequence[str] = 
     return recipe.read(BASE, [*chosen, *words])
 
 
-def _begin(setup: trainer.Setup, processes: dist.Processes, folder: Path) -> _Timed:
+def _begin(setup: Setup, processes: dist.Processes, folder: Path) -> _Timed:
     """A run that stands before its first step, as `session.run` brings it there."""
     watch = Watch()
     options = replace(setup.policy, backbone=_Watched(setup.policy.backbone, watch))

@@ -43,7 +43,7 @@ from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, neares
 
 if TYPE_CHECKING:
     from rlkit.dist import Processes
-    from rlkit.trainer import Setup, Stage
+    from rlkit.stages import Setup, Stage
 
 STARTED = time.monotonic()  # before torch is imported, so that a run's first phase has its whole length
 INTERRUPTED = 130
@@ -122,7 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     if name is None:
         raise RecipeError("which recipe?", hint=f"For instance rlkit train {next(iter(registry.recipes()), 'FILE')}")
     if options.begin or options.only:
-        without = recipe_course.left_out(recipe.compose(name, overrides)["stages"], options.begin, options.only)
+        without = recipe_course.left_out(recipe.compose(name, overrides), options.begin, options.only)
         options.words, overrides = [*options.words, *without], [*overrides, *without]  # for other processes too
     setup = recipe.read(name, overrides)
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
@@ -137,16 +137,18 @@ def _train(options: argparse.Namespace) -> int:
     say(f"run folder: {folder}")
     command = shlex.join(["rlkit", *_train_words(options, "--nproc")])
     code = 0
+
+    def tell() -> list[Path]:
+        return _tell(folder, say)
+
     try:
-        session.run(setup, folder, processes, options.resume is not None, command, STARTED, options.quiet)
+        session.run(setup, folder, processes, options.resume is not None, command, STARTED, options.quiet, tell)
     except trainer.Interrupted as stop:
         if processes.first:
             print(stop, file=sys.stderr)
         code = INTERRUPTED
     finally:
         processes.close()
-    if processes.first:
-        _tell(folder, say)
     return code
 
 
@@ -215,7 +217,7 @@ def _launch(count: int, arguments: Sequence[str]) -> int:
     return 1 if code else 0
 
 
-def _tell(folder: Path, say: Callable[[str], None]) -> None:
+def _tell(folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Write the report of a run and say how it went. A run that stopped before its first numbers has none."""
     from rlkit import report
 
@@ -223,9 +225,10 @@ def _tell(folder: Path, say: Callable[[str], None]) -> None:
         page = report.write(folder)
     except DataError as error:
         say(f"no report: {error}")
-        return
+        return []
     say(report.sentence(report.summary(folder)))
     say(f"report: {page}")
+    return [page]
 
 
 def _silent(text: str) -> None:
@@ -311,6 +314,9 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
     acting = [f"{name} {one['action']}" for name, one in plain["monitors"].items() if _acts(one)]
     if acting:
         table["monitors"] = f"{', '.join(acting)}; the others warn"
+    others = [one.name for one in stage.also if one.name != stage.name]
+    if others:
+        table["also"] = f"first and last the evaluation of {', '.join(others)}"
     if stage.until is not None:
         limit = stage.until
         flat = f"no higher for {limit.plateau} evaluations"

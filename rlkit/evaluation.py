@@ -31,10 +31,11 @@ from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, RecipeError, RewardError, nearest
 from rlkit.policy import Policy
 from rlkit.scoring import Scoring, WeightedReward
+from rlkit.stages import Setup, Stage
 from rlkit.suite_formats import Case
 from rlkit.suites import Suite
 from rlkit.tables import json_object
-from rlkit.trainer import Setup, Stage, begin
+from rlkit.trainer import begin
 from rlkit.types import Context, Plan, Prompt, Samples, Scores, seed_of
 
 SAMPLERS = ("ode", "sde")

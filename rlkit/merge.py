@@ -19,7 +19,7 @@ from rlkit import recipe
 from rlkit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rlkit.trainer import Setup
+    from rlkit.stages import Setup
     from rlkit.weights import Weights
 
 DOWN, UP = ".lora_A.", ".lora_B."
@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
 
 def merge(runs: Sequence[Path], shares: Sequence[float], out: Path) -> str:
     """Write the mixture to a folder; returns the line that loads it. RecipeError where the runs do not fit together."""
-    from rlkit import session, trainer
+    from rlkit import session
+    from rlkit.held_out import showing
 
     setups = [_setup(folder) for folder in runs]
     for folder, setup in zip(runs, setups, strict=True):
@@ -64,7 +65,7 @@ def merge(runs: Sequence[Path], shares: Sequence[float], out: Path) -> str:
     policies: list[Weights] = []
     for folder, setup in zip(runs, setups, strict=True):
         policy = session.load_single(setup, folder)
-        policy.use(trainer.showing(setup.stages[-1], policy).policy_set)
+        policy.use(showing(setup.stages[-1], policy).policy_set)
         policies.append(policy)
     if setups[0].policy.lora is not None:
         return _merge_lora(setups[0], policies, shares).export(out)

@@ -21,7 +21,7 @@ from rlkit.sources import ENTRIES, TOP, Recipe, is_number, known
 
 if TYPE_CHECKING:
     from rlkit.scoring import WeightedReward
-    from rlkit.trainer import PolicyOptions, Setup, Stage
+    from rlkit.stages import PolicyOptions, Setup, Stage
     from rlkit.types import Needs
     from rlkit.weights import Lora
 
@@ -67,7 +67,7 @@ class _Numbers:
 
 def resolve(recipe: Mapping[str, Any]) -> Setup:
     """The recipe with every entry built and every default filled in. `Setup.recipe` resolves to the same again."""
-    from rlkit.trainer import RunOptions, Setup
+    from rlkit.stages import RunOptions, Setup
 
     known(recipe, TOP)
     options = registry.construct(RunOptions, _mapping(recipe.get("run"), "run"), "run", what="run")
@@ -79,12 +79,13 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
     ways = recipe_parts.trained(tuple(policy.parts), {stage.name: stage.train for stage, _ in built})
     policy = dataclasses.replace(policy, train=ways)
     plain = {"run": _plain(options), "policy": plain_policy, "stages": {stage.name: one for stage, one in built}}
-    return Setup(options=options, policy=policy, stages=tuple(stage for stage, _ in built), recipe=plain)
+    order = recipe_course.arranged([stage for stage, _ in built], options.order)
+    return Setup(options=options, policy=policy, stages=order, recipe=plain)
 
 
 def _policy(node: Mapping[str, Any]) -> tuple[PolicyOptions, Recipe]:
     from rlkit.resources import Resources
-    from rlkit.trainer import PolicyOptions
+    from rlkit.stages import PolicyOptions
 
     means = [one.name for one in dataclasses.fields(Resources)]
     said = ("guidance", "negative", "checkpointing", *means)
@@ -157,11 +158,15 @@ def _train(node: Any, where: str) -> tuple[Lora | None, Recipe]:
 def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
     from rlkit.monitors import Monitors
+    from rlkit.stages import Carry, Evaluation, Stage, Until
     from rlkit.total import Total
-    from rlkit.trainer import Carry, Evaluation, Stage, Until
 
     where = f"stages.{name}"
     node = _mapping(node, where)
+    for key in ("policy", "backbone"):
+        if key in node:
+            hint = "Set policy.backbone for the run, or begin a second one there (policy.backbone.path: RUN/weights)."
+            raise RecipeError("all stages train one network.", where=f"{where}.{key}", hint=hint)
     known(node, STAGE, where)
     train, plain_train = recipe_parts.of_stage(name, node.get("train"), parts, _train)
     lacking = [key for key in REQUIRED if node.get(key) is None]
@@ -313,7 +318,7 @@ def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]
 def check(setup: Setup) -> None:
     """Refuse what cannot work together, before anything is loaded."""
     recipe_parts.check(setup)
-    for stage in setup.stages:
+    for stage in recipe_course.every(setup):
         where = f"stages.{stage.name}"
         _check_encoders(setup.policy.resources.encoders, stage)
         needs: Needs = stage.algorithm.needs()

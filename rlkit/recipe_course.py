@@ -6,30 +6,75 @@ is refused here, before anything runs. What is expected is only reported, and ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlkit.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
-    from rlkit.trainer import Setup, Stage
+    from rlkit.stages import Setup, Stage
 
 
 def check(setup: Setup) -> None:
     """RecipeError for a stage that cannot end as it says, or cannot begin where the one before ended."""
     before: Stage | None = None
     for stage in setup.stages:
+        if setup.policy.parts and stage.also:
+            hint = "Leave it out: a policy of several parts evaluates the stage that it is in."
+            raise RecipeError("is for policies of one network.", where=f"stages.{stage.name}.evaluate.also", hint=hint)
         _check_ending(stage, setup.recipe["stages"][stage.name]["expect"])
         _check_carry(stage, before)
         before = stage
 
 
-def left_out(stages: Mapping[str, Any], begin: str | None, only: str | None) -> list[str]:
+def arranged(stages: Sequence[Stage], order: Sequence[str] | None) -> tuple[Stage, ...]:
+    """The stages that run, in their order, each with those that its evaluation names. RecipeError for other names.
+
+    stages: of the recipe, in its order. order: their names; None: all of them.
+    """
+    known = {stage.name: stage for stage in stages}
+    names = list(known) if order is None else list(order)
+    _check_names(names, known, "run.order")
+    if not names:
+        raise RecipeError("no stage is left to run.", where="run.order", hint=f"The recipe has: {', '.join(known)}.")
+    told = {name: stage.evaluate.also for name, stage in known.items()}
+    for name, others in told.items():
+        _check_names(others, known, f"stages.{name}.evaluate.also")
+    return tuple(replace(known[name], also=tuple(known[one] for one in told[name])) for name in names)
+
+
+def every(setup: Setup) -> list[Stage]:
+    """The stages that run, then those that are only evaluated."""
+    named = [one for stage in setup.stages for one in stage.also]
+    return list({one.name: one for one in (*named, *setup.stages)}.values())
+
+
+def running(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a resolved recipe that run, in their order."""
+    stages = recipe.get("stages") or {}
+    order = (recipe.get("run") or {}).get("order")
+    return {name: stages[name] for name in (stages if order is None else order)}
+
+
+def _check_names(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:
+    for name in names:
+        if name not in known:
+            what = f"the recipe has no stage named {name!r}.{nearest(name, known)}"
+            raise RecipeError(what, where=where, hint=f"Its stages: {', '.join(known)}.")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        hint = "To train twice on one task, give the second stage a name of its own."
+        raise RecipeError(f"{twice[0]!r} stands there twice.", where=where, hint=hint)
+
+
+def left_out(recipe: Mapping[str, Any], begin: str | None, only: str | None) -> list[str]:
     """The overrides that leave out the stages before `begin`, or all but `only`. RecipeError for a name that is none.
 
-    stages: of a recipe, in order. The first that is left has nothing to take over.
+    recipe: composed. The first stage that is left has nothing to take over.
     """
-    names = [str(name) for name, stage in stages.items() if stage is not None]
+    stages, order = recipe["stages"], (recipe.get("run") or {}).get("order")
+    names = [str(name) for name, stage in stages.items() if stage is not None] if order is None else list(order)
     first = begin if only is None else only
     if first is None:
         return []
@@ -38,8 +83,7 @@ def left_out(stages: Mapping[str, Any], begin: str | None, only: str | None) -> 
         what = f"the recipe has no stage named {first!r}.{nearest(first, names)}"
         raise RecipeError(what, where=flag, hint=f"Its stages: {', '.join(names)}.")
     kept = [first] if only is not None else names[names.index(first) :]
-    dropped = [f"stages.{name}=null" for name in names if name not in kept]
-    return dropped + ([f"stages.{first}.carry=null"] if "carry" in stages[first] else [])
+    return [f"run.order=[{','.join(kept)}]", *([f"stages.{first}.carry=null"] if "carry" in stages[first] else [])]
 
 
 def measured(stage: Stage) -> tuple[str, ...] | None:
@@ -55,8 +99,8 @@ def measured(stage: Stage) -> tuple[str, ...] | None:
 
 
 def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
+    from rlkit.stages import TIMES
     from rlkit.tracking import HELD_OUT, Expectation
-    from rlkit.trainer import TIMES
 
     where = f"stages.{stage.name}"
     for metric, rule in expect.items():
@@ -89,7 +133,7 @@ def _check_measured(stage: Stage, metric: str, where: str) -> None:
 
 
 def _check_carry(stage: Stage, before: Stage | None) -> None:
-    from rlkit.trainer import Carry
+    from rlkit.stages import Carry
 
     where = f"stages.{stage.name}.carry"
     if before is None:
@@ -105,4 +149,4 @@ def _check_carry(stage: Stage, before: Stage | None) -> None:
         raise RecipeError(what, where=f"{where}.optimizer", hint="Leave it out, or train the same in both.")
 
 
-__all__ = ["check", "left_out", "measured"]
+__all__ = ["arranged", "check", "every", "left_out", "measured", "running"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlkit.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
-    from rlkit.trainer import Setup, Stage, Way
+    from rlkit.stages import Setup, Stage, Way
     from rlkit.weights import Lora
 
     Train = Lora | Literal["frozen"] | None
@@ -31,7 +31,7 @@ def of_stage(
     name: str, node: Any, parts: Sequence[str], read: Callable[[Any, str], tuple[Lora | None, Any]]
 ) -> tuple[dict[str, Way], dict[str, Any]]:
     """(what a stage trains, and how; the same as YAML)."""
-    from rlkit.trainer import Way
+    from rlkit.stages import Way
 
     where = f"stages.{name}.train"
     if not parts:

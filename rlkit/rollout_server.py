@@ -17,7 +17,7 @@ from rlkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from rlkit.serving import Engine, Served
-    from rlkit.trainer import Setup, Stage
+    from rlkit.stages import Setup, Stage
 
 READY = 900.0  # seconds that a server may take to load
 

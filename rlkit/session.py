@@ -28,15 +28,16 @@ from rlkit import checkpoint
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, RecipeError
+from rlkit.held_out import prompts_of, score, showing, to_encode
 from rlkit.language import LanguagePolicy
 from rlkit.parts import Connector, Parts
 from rlkit.policy import Policy
 from rlkit.record import describe_held_out
 from rlkit.resources import without_encoders
-from rlkit.scoring import Scoring
 from rlkit.shelf import Shelf
+from rlkit.stages import Setup
 from rlkit.tracking import Tracker
-from rlkit.trainer import Run, Setup, Stop, begin, of_one_size, showing, to_encode, train
+from rlkit.trainer import Interrupted, Run, Stop, begin, train
 from rlkit.types import Connection, Context, FlowModel, Plan, Prompt, TokenModel
 from rlkit.weights import Lora, Weights
 
@@ -52,11 +53,13 @@ def run(
     command: str = "",
     started: float | None = None,
     quiet: bool = False,
+    tell: Callable[[], Sequence[Path]] = tuple,
 ) -> None:
     """Train every stage in order and leave the record in `folder`.
 
     `started`: a `time.monotonic()` from before the imports, so that the seconds of the start are known. With `resume`
-    the run goes on after its newest whole checkpoint, or from the beginning if it has none.
+    the run goes on after its newest whole checkpoint, or from the beginning if it has none. `tell`: what the first
+    process does once the run is over or was stopped, while its mirrors are there; the files it names are for them too.
     Raises Interrupted once the run was asked to stop and has saved itself; CheckpointError, RewardError, DataError.
     """
     started = time.monotonic() if started is None else started
@@ -64,7 +67,15 @@ def run(
     if saved:
         same_recipe(setup, saved)
     _prepare(setup, folder, processes, command, resume)
-    tracker = Tracker(folder, config=setup.recipe, wandb=setup.options.wandb, quiet=quiet, first=processes.first)
+    tracker = Tracker(
+        folder,
+        config=setup.recipe,
+        wandb=setup.options.wandb,
+        tensorboard=setup.options.tensorboard,
+        trackio=setup.options.trackio,
+        quiet=quiet,
+        first=processes.first,
+    )
 
     def event(name: str, stage: str, step: int, at: int, **more: Any) -> None:
         tracker.write({"kind": "event", "event": name, "stage": stage, "step": step, "at": at} | more)
@@ -72,8 +83,9 @@ def run(
     try:
         policy = load_policy(setup, processes)
         if setup.policy.resources.encoders == "free" and isinstance(policy, Policy):
-            texts = [text for stage in setup.stages for text in stage.data.open().texts()]
-            policy.free_encoders(chain.from_iterable([to_encode(stage) for stage in setup.stages]), texts)
+            asked = tuple({one.name: one for stage in setup.stages for one in (stage, *stage.also)}.values())
+            texts = [text for stage in asked for text in stage.data.open().texts()]
+            policy.free_encoders(chain.from_iterable([to_encode(stage) for stage in asked]), texts)
         names = [stage.name for stage in setup.stages]
         first, at = (names.index(saved.numbers["stage"]), saved.at) if saved else (0, 0)
         begun = first + 1 if saved and saved.numbers["done"] else first
@@ -112,6 +124,11 @@ def run(
             line = policy.export(folder / "weights", under_way.stage.evaluate.weights)
             total = {"seconds/total": time.monotonic() - started}
             event("finished", under_way.stage.name, under_way.done, at, **total, load=line)
+    except Interrupted:
+        tracker.keep(tell)
+        raise
+    else:
+        tracker.keep(tell)
     finally:
         tracker.close()
 
@@ -264,17 +281,10 @@ def evaluate_once(setup: Setup, folder: Path | None, count: int) -> dict[str, fl
     """The last stage's held-out scores of the backbone, or of a run folder's newest checkpoint."""
     policy, stage = load_policy(setup, folder=folder), setup.stages[-1]
     begin(policy, stage)
-    prompts = of_one_size(stage.data.open().held_out(count))
+    prompts = prompts_of(stage, count)
     if not prompts:
         raise DataError("there are no held-out prompts", where=f"stages.{stage.name}.data", hint="Set held_out_path.")
-    context = Context(setup.options.seed, "evaluate", 0, stage.rollout.steps, {}, Processes().gather)
-    rollout = stage.rollout.start(policy, Processes())
-    samples = rollout.collect(PromptBatch(prompts, 1), showing(stage, policy), context)
-    scoring = Scoring(stage.rewards, setup.options.max_unscored, stage.total, policy.device)
-    try:
-        scores = scoring(samples, Processes().gather, held_out=True)
-    finally:
-        scoring.close()
+    samples, scores = score(stage, policy, Processes(), setup.options, prompts, showing(stage, policy))
     return describe_held_out(samples, scores, Processes().gather) | {"count": len(prompts)}
 
 
@@ -296,7 +306,7 @@ def _harmless(key: str) -> bool:
         return True
     parts = key.split(".")
     if parts[0] == "run":
-        return parts[1] not in ("seed", "precision", "deterministic")
+        return parts[1] not in ("seed", "precision", "deterministic", "order")
     return parts[0] == "stages" and len(parts) > 2 and parts[2] in ("evaluate", "steps", "until", "expect", "monitors")
 
 

@@ -25,7 +25,7 @@ from rlkit.scoring import WeightedReward
 from rlkit.suite_formats import Case
 
 if TYPE_CHECKING:
-    from rlkit.trainer import Stage
+    from rlkit.stages import Stage
 
 JUDGE = "vlm_judge"
 DRAWS = 2000  # of the bootstrap

@@ -6,14 +6,12 @@ One loop for all algorithms. A stage is one such loop; a curriculum is stages in
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,154 +19,26 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
-from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
+from rlkit.errors import DistributedError, LossError, RlkitError
+from rlkit.held_out import of_one_size, of_others, showing, under
 from rlkit.language import LanguagePolicy
-from rlkit.learner import Learner, LearnerOptions
-from rlkit.monitors import Monitors, Raised, Watch
+from rlkit.learner import Learner
+from rlkit.monitors import Raised, Watch
 from rlkit.parts import Parts
 from rlkit.policy import Policy
 from rlkit.reading import Reading
 from rlkit.record import describe_ages, describe_held_out, describe_scores, write_rows, write_sheet
-from rlkit.resources import Resources
 from rlkit.sanity import judged, refused
-from rlkit.scoring import Scoring, WeightedReward
+from rlkit.scoring import Scoring
+from rlkit.stages import TIMES, Setup, Stage
 from rlkit.sync import SharedMemory
-from rlkit.total import Total
 from rlkit.tracking import Tracker
 from rlkit.types import Context, Plan, Prompt, Rows, Samples, Scores, State, Tools, seed_of
-from rlkit.weights import Lora, Weights
-
-TIMES = ("seconds", "cpu_seconds")  # what `until` may name beside an evaluation's metrics
+from rlkit.weights import Weights
 
 
 class Interrupted(RlkitError):
     """The run was asked to stop, and has saved itself."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What concerns the run as a whole and not what it learns."""
-
-    seed: int = 0
-    dir: str | None = None  # the run folder; None: runs/RECIPE-TIME
-    checkpoint_every: int = 20  # training steps
-    keep_checkpoints: int = 2
-    deterministic: bool = False  # refuse operations whose result may vary from run to run
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the network; step maths and weights stay fp32
-    max_unscored: float = 0.1  # stop when a reward leaves more than this share of a step's samples without a number
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    threads: int | None = None  # of torch, in each process; None: torch's own choice
-
-    def __post_init__(self) -> None:
-        counts = {"checkpoint_every": self.checkpoint_every, "keep_checkpoints": self.keep_checkpoints}
-        for name, value in (counts | {"threads": 1 if self.threads is None else self.threads}).items():
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
-        if not 0 <= self.max_unscored <= 1:
-            raise ValueError(f"max_unscored is a share within 0..1, not {self.max_unscored}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sampling of held-out prompts without exploration noise, always with the same initial noise."""
-
-    every: int = 20  # training steps; 0: only first and last
-    held_out: int = 256  # pictures
-    ends: int | None = None  # pictures of the stage's first and last evaluation; None: as many as the others
-    steps: int | None = None  # denoising steps; None: as many as in training
-    weights: Literal["current", "ema"] = "current"  # what is evaluated, and exported at the end
-
-    def __post_init__(self) -> None:
-        for name, value in (("every", self.every), ("held_out", self.held_out), ("ends", self.ends or 0)):
-            if value < 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, not {self.steps}")
-
-
-@dataclass(frozen=True)
-class Until:
-    """End a stage before its steps are over: once an evaluation's `metric` is above a number, or rises no more.
-
-    plateau: that many evaluations in a row that are not above the best before them by more than `least`.
-
-    The metric `seconds` is the stage's training time, evaluations and checkpoints not counted, and `cpu_seconds` the
-    processor's time for it, which hardly depends on what else the machine does: how many steps fit in is then the
-    machine's doing, and not repeatable.
-    """
-
-    metric: str
-    above: float | None = None
-    plateau: int | None = None  # evaluations
-    least: float = 0.0  # what counts as a rise
-
-    def __post_init__(self) -> None:
-        if (self.above is None) == (self.plateau is None):
-            raise ValueError("until needs one of `above`, a number, and `plateau`, a number of evaluations")
-        if self.plateau is not None and self.plateau < 1:
-            raise ValueError(f"plateau must be 1 evaluation or more, not {self.plateau}")
-        if self.plateau is not None and self.metric in TIMES:
-            raise ValueError(f"{self.metric} always rises: it has no plateau. Give `above`")
-        if not (math.isfinite(self.least) and self.least >= 0) or (self.least and self.plateau is None):
-            raise ValueError(f"least is what a plateau's metric must rise by, 0 or more, not {self.least}")
-
-
-@dataclass(frozen=True)
-class Carry:
-    """What a stage takes over from the one before, beside the policy itself."""
-
-    weights: Literal["current", "ema"] = "current"  # it goes on from the last weights, or from their average
-    optimizer: bool = False  # the optimiser's moments; the learning rate's schedule begins anew
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    backbone: Any
-    lora: Lora | None  # None: full fine-tuning
-    guidance: float = 1.0  # classifier-free guidance, in sampling and training alike; 1: none, and half the work
-    negative: str = ""  # what guidance leads away from
-    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
-    conditions: str | None = None  # a folder of encoded prompts, which runs may share; None: only in memory
-    resources: Resources = field(default_factory=Resources)  # its keys stand beside the others, under `policy`
-    parts: Mapping[str, Any] = field(default_factory=dict)  # backbones by name, of a policy of several; else `backbone`
-    train: Mapping[str, Lora | Literal["frozen"] | None] = field(default_factory=dict)  # how each part is ever trained
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a stage trains a part: by LoRA or in full (None), and which of these tensors, by words in their names."""
-
-    lora: Lora | None
-    only: tuple[str, ...] = ()  # (): all of them
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    data: Any
-    rollout: Any
-    algorithm: Any
-    rewards: tuple[WeightedReward, ...]
-    learner: LearnerOptions
-    evaluate: Evaluation
-    steps: int
-    until: Until | None = None
-    carry: Carry = field(default_factory=Carry)
-    anchor: Literal["base", "stage_start", "ema"] = "base"  # what `reference` is
-    total: Total = field(default_factory=Total)  # how the rewards become one number
-    monitors: Monitors = field(default_factory=Monitors)
-    train: Mapping[str, Way] = field(default_factory=dict)  # parts of a policy of several; the others rest
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A recipe with its components built; `recipe` is its text, fully resolved."""
-
-    options: RunOptions
-    policy: PolicyOptions
-    stages: tuple[Stage, ...]
-    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- one stage -------------------------------------------------------------------------------------------------------
@@ -418,20 +288,24 @@ class Run:
         started = time.monotonic()
         calls = self.policy.take_calls()
         samples, scores = self.sample_held_out(prompts)
-        self.policy.calls = calls  # an evaluation's are not the next step's
         row: dict[str, Any] = {"kind": "evaluation", "stage": self.stage.name, "step": self.done, "at": self.at}
         row |= describe_held_out(samples, scores, self.processes.gather)
+        reached = restored is None and self.reached(row)
+        if self.stage.also and (end or reached):
+            row |= under(self.stage.name, row) if self.stage.name in sizes.also else {}
+            row |= of_others(self.stage, self.policy, self.processes, self.setup.options, self.rollout)
+        self.policy.calls = calls  # an evaluation's are not the next step's
         row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:
             if restored is not None:
                 set_aside(self.folder / "samples", self.at)
             sheet = write_sheet(self.folder / "samples", row, samples, scores)
-            self.tracker.image(sheet, self.at)
+            self.tracker.sheet(sheet)
         if restored is None:
             self.watched(row, samples, scores)
         else:
             self.tracker.write(row | {"restored": restored})
-        return restored is None and self.reached(row)
+        return reached
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
         plan = showing(self.stage, self.policy)
@@ -597,36 +471,7 @@ def train(run: Run) -> None:
             run.policy.conditions.forget(prompts.prompts)
 
 
-def of_one_size(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
-    """Prompts as an evaluation draws them. Where they ask for several sizes, all are drawn at the backbone's own: its
-    pictures are one tensor, and rewards of pictures of several sizes make no fair mean."""
-    if len({prompt.size for prompt in prompts}) < 2:
-        return prompts
-    return tuple(replace(prompt, size=None) for prompt in prompts)
-
-
-def to_encode(stage: Stage) -> Iterator[Prompt]:
-    """All that a stage will ever ask its policy to encode; pictures are read as their prompts are reached.
-
-    RecipeError, at once, for data that has no end.
-    """
-    data = stage.data.open()
-    every = data.everything()
-    if every is None:
-        what = f"the data of stage {stage.name!r} has no end, so it cannot all be encoded before the encoders go."
-        raise RecipeError(what, where="policy.encoders", hint="Use `offload`, or `keep`.")
-    counts = {stage.evaluate.held_out, stage.evaluate.ends or stage.evaluate.held_out}
-    held_out = (prompt for count in sorted(counts) for prompt in of_one_size(data.held_out(count)))
-    return chain(every, held_out)
-
-
 def begin(policy: Weights | Parts, stage: Stage) -> None:
     """Have a policy of several parts train those that the stage says."""
     if isinstance(policy, Parts):
         policy.stage({name: way.only for name, way in stage.train.items()}, stage.algorithm.needs().kind)
-
-
-def showing(stage: Stage, policy: Weights | Parts) -> Plan:
-    """Sampling without exploration noise, as the stage evaluates; an untrained policy has only its own weights."""
-    weights = stage.evaluate.weights
-    return Plan(steps=stage.evaluate.steps, policy_set=weights if weights in policy.sets else "current")

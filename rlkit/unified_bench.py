@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlkit.embedding import Pictures
-    from rlkit.trainer import Setup
+    from rlkit.stages import Setup
 
 REWARD = "reconstruction"  # whose encoders these are
 # Quoted from section 3 of the paper.

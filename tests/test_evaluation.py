@@ -18,8 +18,8 @@ from rlkit.endpoints import Endpoints, Reply
 from rlkit.errors import CheckpointError, DataError, RecipeError, RewardError
 from rlkit.evaluation import Record, Records, Settings, evaluate, plan_of
 from rlkit.picture_files import Picture, Unread
+from rlkit.stages import RunOptions
 from rlkit.suite_formats import Case
-from rlkit.trainer import RunOptions
 from rlkit.types import Prompt, Samples, Scores
 
 FEW = [

@@ -34,16 +34,22 @@ LEVELS = {
     **dict.fromkeys(("transfer", "workers", "worker_pool", "push", "serving", "sample_wire"), 3),
     **dict.fromkeys(("vllm_plugin", "vllm_answers", "vllm_offline", "vllm_server"), 3),
     **dict.fromkeys(("epochs", "mixture", "pairs", "picture_files", "picture_folders", "tables"), 3),
-    **dict.fromkeys(("learner", "checkpoint", "tracking", "mirror", "record", "rollouts"), 4),
+    **dict.fromkeys(("learner", "checkpoint", "tracking", "record", "rollouts"), 4),
+    **dict.fromkeys(("mirror", "mirror_content", "mirror_tensorboard", "mirror_trackio", "mirror_wandb"), 4),
     **dict.fromkeys(("reading", "signs", "looks", "sanity", "monitors"), 4),
-    **dict.fromkeys(("pretraining", "trainer", "session", "sources", "parity", "suite_formats", "suites"), 5),
+    **dict.fromkeys(("pretraining", "stages", "trainer", "held_out", "session", "sources", "parity"), 5),
+    **dict.fromkeys(("suite_formats", "suites"), 5),
     **dict.fromkeys(
         ("pretrain", "pretrain_captioner", "pretrain_connector", "pretrain_encoder", "pretrain_agent", "likeness"), 5
     ),
     **dict.fromkeys(("recipe", "recipe_parts", "recipe_course"), 6),
-    **dict.fromkeys(("report", "report_page", "charts", "arena", "arena_page", "bench", "merge"), 7),
+    **dict.fromkeys(("report", "report_page", "report_run", "report_stages", "charts"), 7),
+    **dict.fromkeys(("arena", "arena_page", "bench", "merge"), 7),
     **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
-    **dict.fromkeys(("plan", "plan_calls", "plan_devices", "plan_sizes", "plan_stage"), 7),
+    **dict.fromkeys(
+        ("plan", "plan_answers", "plan_calls", "plan_devices", "plan_memory", "plan_sizes", "plan_stage", "plan_words"),
+        7,
+    ),
     **dict.fromkeys(("bench_sync", "bench_transport", "unified_bench", "evaluation", "evaluation_table"), 7),
     **dict.fromkeys(("sweep_space", "sweep_stop", "sweep_bayes"), 1),
     **dict.fromkeys(("sweep", "sweep_file", "sweep_trials", "sweep_table"), 7),
@@ -62,7 +68,8 @@ EXCEPTIONS = {  # the commands that train the weights that a backbone ships with
 }
 HEAVY = {
     *("datasets", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "peft", "rapidocr", "ray", "transformers"),
-    *("httpx", "prometheus_client", "starlette", "trl", "uvicorn", "vllm", "vllm_omni", "wandb"),
+    *("httpx", "prometheus_client", "starlette", "trl", "uvicorn", "vllm", "vllm_omni"),
+    *("tensorboard", "trackio", "wandb"),
 }
 WITHOUT_TORCH = ("rlkit", "rlkit.errors", "rlkit.registry", "rlkit.cli")
 

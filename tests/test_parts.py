@@ -19,8 +19,9 @@ from rlkit.errors import RecipeError
 from rlkit.parts import Parts
 from rlkit.rollouts.relay import Relay
 from rlkit.scoring import Scoring, WeightedReward, averaged
+from rlkit.stages import Setup
 from rlkit.tracking import Metrics
-from rlkit.trainer import Interrupted, Setup, begin
+from rlkit.trainer import Interrupted, begin
 from rlkit.types import Context, FlowModel, Loss, Plan, Prompt, Samples, Scores
 
 CPU = torch.device("cpu")

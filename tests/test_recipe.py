@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkit import recipe, registry, sources
+from rlkit import recipe, recipe_course, registry, sources
 from rlkit.data import PairFile
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError
 from rlkit.rollouts.dataset import Dataset
+from rlkit.stages import Carry
 from rlkit.total import Gate, Total
-from rlkit.trainer import Carry
 from rlkit.types import Needs
 
 QUICKSTART = registry.recipes()["quickstart"]
@@ -41,7 +41,7 @@ def refusal(name: str, *overrides: str) -> str:
 @pytest.mark.parametrize("name", registry.recipes())
 def test_every_recipe_is_sound_and_opens_with_its_command(name):
     setup = recipe.read(name)
-    assert [stage.name for stage in setup.stages] == list(setup.recipe["stages"])
+    assert [stage.name for stage in setup.stages] == list(recipe_course.running(setup.recipe))
     comment = [line for line in registry.recipes()[name].read_text().splitlines() if line.startswith("#")]
     assert f"#   rlkit train {name}" in comment
 
@@ -295,6 +295,12 @@ OVERRIDES = {  # override, then the words of the message
     "two limits": ("stages.main.until={metric: held_out/strict, above: 1, plateau: 2}", "until", "one of `above`"),
     "a plateau of time": ("stages.main.until={metric: seconds, plateau: 2}", "until", "always rises"),
     "nothing to carry": ("stages.main.carry={optimizer: true}", "stages.main.carry", "none before it"),
+    "another network for a stage": (
+        *("stages.main.policy.backbone.name=sd3", "stages.main.policy", "one network", "path: RUN/weights"),
+    ),
+    "another backbone for a stage": ("stages.main.backbone=sd3", "stages.main.backbone", "one network"),
+    "a stage that is none": ("run.order=[main,mian]", "run.order", "Did you mean 'main'"),
+    "a stage that is not evaluated": ("stages.main.evaluate.also=[mian]", "evaluate.also", "Did you mean 'main'"),
     "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "one of `above`"),
     "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
     "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),

@@ -19,7 +19,9 @@ from rlkit.algorithms.flow_grpo import FlowGRPO
 from rlkit.backbones import tiny
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, LossError, RecipeError, RewardError
+from rlkit.held_out import of_one_size, to_encode
 from rlkit.scoring import WeightedReward
+from rlkit.stages import RunOptions
 from rlkit.tracking import Metrics
 from rlkit.types import Prompt
 
@@ -512,7 +514,7 @@ def test_a_goal_that_was_reached_stays_reached(tmp_path):
 def test_options_of_a_run_are_checked(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
-        trainer.RunOptions(**options)
+        RunOptions(**options)
 
 
 # --------------------------------------------------------------------------------------------- what goes wrong
@@ -680,10 +682,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_rows(tmp_path):
 
 def test_an_evaluation_is_of_one_size():
     prompts = tuple(Prompt(i, "a", size=size) for i, size in enumerate([(4, 4), (4, 4), (4, 8)]))
-    assert trainer.of_one_size(prompts[:2]) == prompts[:2], "one size is kept"
-    assert [one.size for one in trainer.of_one_size(prompts)] == [None] * 3
-    assert [one.id for one in trainer.of_one_size(prompts)] == [0, 1, 2]
-    assert trainer.of_one_size(()) == ()
+    assert of_one_size(prompts[:2]) == prompts[:2], "one size is kept"
+    assert [one.size for one in of_one_size(prompts)] == [None] * 3
+    assert [one.id for one in of_one_size(prompts)] == [0, 1, 2]
+    assert of_one_size(()) == ()
 
 
 def test_what_is_to_be_encoded_is_the_data_and_each_evaluation_as_it_is_drawn():
@@ -704,11 +706,11 @@ def test_what_is_to_be_encoded_is_the_data_and_each_evaluation_as_it_is_drawn():
 
     stage = build({"main": {"evaluate": {"held_out": 2, "ends": 3}}}).stages[0]
     prompts = tuple(Prompt(i, f"t{i}") for i in range(2))
-    found = [(one.text, one.size) for one in trainer.to_encode(replace(stage, data=Data(prompts)))]
+    found = [(one.text, one.size) for one in to_encode(replace(stage, data=Data(prompts)))]
     assert found[:2] == [("t0", None), ("t1", None)]
     assert set(found[2:]) == {("h0", (4, 4)), ("h1", (4, 4)), ("h0", None), ("h1", None), ("h2", None)}
     with pytest.raises(RecipeError, match="the data of stage 'main' has no end"):
-        trainer.to_encode(replace(stage, data=Data(None)))
+        to_encode(replace(stage, data=Data(None)))
 
 
 def test_a_run_without_its_encoders_has_the_numbers_of_one_with_them(tmp_path):

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rlkit import recipe, session, trainer
+from rlkit import recipe, session
 from rlkit.data import PairFile, PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DataError, RecipeError
 from rlkit.policy import Policy
 from rlkit.rollouts.dataset import Dataset
 from rlkit.rollouts.local import Local
+from rlkit.stages import Setup
 from rlkit.tracking import Metrics
 from rlkit.types import Context, Plan, Prompt, Samples
 from rlkit.world import grammar, scenes
@@ -121,7 +122,7 @@ def test_option_errors(options: dict[str, int], text: str) -> None:
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def offline(pairs: Path, backbone: Path, **changes: Any) -> trainer.Setup:
+def offline(pairs: Path, backbone: Path, **changes: Any) -> Setup:
     stage = {
         "data": {"name": "pairs", "path": str(pairs), "per_step": 3, "held_out_split": "validation"},
         "rollout": {"name": "dataset", "steps": 4},

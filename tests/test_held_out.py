@@ -1,0 +1,130 @@
+"""Which stages run, in which order, and what an evaluation says of the tasks of other stages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlkit import recipe, recipe_course, session
+from rlkit.dist import Processes
+from rlkit.errors import CheckpointError, RecipeError
+from rlkit.held_out import under
+from rlkit.stages import Setup
+from rlkit.tracking import Metrics
+
+NAMES = ("edges", "middle", "bright")
+ENDS = {"edges": 6, "middle": 4, "bright": 8}  # held-out pictures
+REWARDS = {"edges": {"composition": 1.0}, "middle": {"composition": 1.0}, "bright": {"brightness": 1.0}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads(), torch.get_rng_state()
+    yield
+    torch.set_num_threads(before[0])
+    torch.set_rng_state(before[1])
+
+
+def described(path: Path, order: list[str] | None = None, **also: Any) -> dict[str, Any]:
+    """Three stages of one training step each. also: of each stage, what its evaluation names."""
+    kinds = {"edges": None, "middle": ["single"], "bright": None}
+    stages = {
+        name: {
+            "data": {"name": "world", "per_step": 2, "group": 2, "kinds": kinds[name]},
+            "rollout": {"name": "local", "steps": 3 if name == "middle" else 2},
+            "algorithm": {"name": "flow_grpo", "clip": 2e-3, "window": 1},
+            "rewards": REWARDS[name],
+            "learner": {"lr": 1e-3, "batch": 4},
+            "evaluate": {"every": 0, "held_out": 4, "ends": ENDS[name], "also": also.get(name, [])},
+            "steps": 1,
+        }
+        for name in NAMES
+    }
+    run = {"checkpoint_every": 1, "keep_checkpoints": 9, "threads": 1, "wandb": "disabled", "device": "cpu"}
+    policy = {"backbone": {"name": "tiny", "path": str(path)}, "train": {"full": True}}
+    return {"run": {**run, "order": order}, "policy": policy, "stages": stages}
+
+
+def went(values: dict[str, Any], folder: Path, resume: bool = False) -> tuple[Setup, list[dict[str, Any]]]:
+    setup = recipe.resolve(values)
+    recipe.check(setup)
+    session.run(setup, folder, Processes(), resume=resume, quiet=True)
+    rows = [row for row in Metrics.read(folder) if row["kind"] == "evaluation"]
+    return setup, rows
+
+
+def test_stages_run_in_the_order_asked_for_and_the_others_rest(small_backbone: Path, tmp_path: Path) -> None:
+    setup, rows = went(described(small_backbone, ["bright", "edges"]), tmp_path / "run")
+    assert [row["stage"] for row in rows] == ["bright", "bright", "edges", "edges"]
+    assert [row["at"] for row in rows] == [0, 1, 1, 2]
+    assert list(recipe_course.running(setup.recipe)) == ["bright", "edges"]
+    again = recipe.resolve(setup.recipe)
+    assert again.recipe == setup.recipe
+    assert [stage.name for stage in again.stages] == ["bright", "edges"]
+    assert list(recipe_course.running(recipe.resolve(described(small_backbone)).recipe)) == list(NAMES)
+
+
+def test_a_run_does_not_go_on_in_another_order(small_backbone: Path, tmp_path: Path) -> None:
+    went(described(small_backbone, ["bright"]), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"run\.order"):
+        went(described(small_backbone, ["bright", "edges"]), tmp_path / "run", resume=True)
+
+
+def test_what_another_stage_finds_is_what_it_finds_when_its_turn_comes(small_backbone: Path, tmp_path: Path) -> None:
+    """The end of one stage and the begin of the next have the same weights, so the numbers must be the same."""
+    also = ["edges", "middle", "bright"]
+    _, rows = went(described(small_backbone, edges=also, middle=also), tmp_path / "run")
+    ends = {(row["stage"], row["step"]): row for row in rows}
+    for one, following in (("edges", "middle"), ("middle", "bright")):
+        said, found = ends[one, 1], ends[following, 0]
+        columns = [name for name in found if f"{name}_se" in found and name.count("/") == 1]
+        assert "held_out/reward" in columns
+        for name in columns:
+            assert said[f"{name}/{following}"] == found[name]
+            assert said[f"{name}/{following}_se"] == found[f"{name}_se"]
+            assert said[f"{name}/{one}"] == said[name], "its own is not drawn again"
+    assert ends["edges", 1]["held_out/reward/bright"] != ends["edges", 1]["held_out/reward/middle"]
+    assert not any("/edges" in name for name in ends["bright", 0]), "it names nobody"
+
+
+def test_it_changes_nothing_of_the_training(small_backbone: Path, tmp_path: Path) -> None:
+    also = list(NAMES)
+    plain = went(described(small_backbone), tmp_path / "plain")[1]
+    more = went(described(small_backbone, edges=also, middle=also, bright=also), tmp_path / "more")[1]
+    for one, other in zip(plain, more, strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k}.items() <= other.items()
+    trained = [row for row in Metrics.read(tmp_path / "more") if row["kind"] == "train"]
+    calls = [row["network_calls"] for row in trained]
+    assert calls == [r["network_calls"] for r in Metrics.read(tmp_path / "plain") if r["kind"] == "train"]
+
+
+def test_only_columns_go_under_a_stages_name() -> None:
+    row = {"held_out/strict": 0.5, "held_out/strict_se": 0.1, "held_out/strict/count": 0.4, "count": 9.0}
+    assert under("edit", row) == {"held_out/strict/edit": 0.5, "held_out/strict/edit_se": 0.1}
+
+
+WRONG = {
+    "a stage that is none": ({"order": ["edges", "midle"]}, "run.order", "Did you mean 'middle'"),
+    "a stage twice": ({"order": ["edges", "edges"]}, "run.order", "twice"),
+    "no stage": ({"order": []}, "run.order", "no stage is left"),
+    "an evaluation of none": ({"edges": ["brite"]}, "stages.edges.evaluate.also", "Did you mean 'bright'"),
+    "an evaluation twice": ({"edges": ["bright", "bright"]}, "stages.edges.evaluate.also", "twice"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_names_of_stages_that_are_none(small_backbone: Path, case: str) -> None:
+    given, where, what = WRONG[case]
+    with pytest.raises(RecipeError, match=what) as error:
+        recipe.resolve(described(small_backbone, **given))
+    assert error.value.where == where
+
+
+def test_a_stage_that_is_only_evaluated_is_checked_too(small_backbone: Path) -> None:
+    values = described(small_backbone, ["edges"], edges=["bright"])
+    values["stages"]["bright"]["learner"]["batch"] = 3
+    with pytest.raises(RecipeError, match="does not divide"):
+        recipe.check(recipe.resolve(values))
+    values["stages"]["edges"]["evaluate"]["also"] = []
+    recipe.check(recipe.resolve(values))
