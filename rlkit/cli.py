@@ -27,6 +27,7 @@ from rlkit import (
     __version__,
     arena,
     bench_sync,
+    check,
     merge,
     parity,
     plan,
@@ -43,7 +44,7 @@ from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, neares
 
 if TYPE_CHECKING:
     from rlkit.dist import Processes
-    from rlkit.stages import Setup, Stage
+    from rlkit.stages import Setup
 
 STARTED = time.monotonic()  # before torch is imported, so that a run's first phase has its whole length
 INTERRUPTED = 130
@@ -154,13 +155,9 @@ def _train(options: argparse.Namespace) -> int:
 
 def _recipe_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """(the recipe or None, overrides). The recipe is the first word, unless that changes a key."""
-    if not words or _is_override(words[0]):
+    if not words or sources.is_override(words[0]):
         return None, list(words)
     return words[0], list(words[1:])
-
-
-def _is_override(word: str) -> bool:
-    return bool(re.match(r"[~+]*[^\s=/]+=|~", word))
 
 
 def _train_words(options: argparse.Namespace, count: str) -> list[str]:
@@ -233,106 +230,6 @@ def _tell(folder: Path, say: Callable[[str], None]) -> list[Path]:
 
 def _silent(text: str) -> None:
     pass
-
-
-# ---------------------------------------------------------------------------------------------------- check
-
-
-def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="RECIPE key=value", help="a recipe's name or file, and changes")
-    parser.add_argument("--json", action="store_true", help="the recipe with every default filled in")
-
-
-def _check(options: argparse.Namespace) -> int:
-    name, overrides = _recipe_words(options.words)
-    if name is None:
-        raise RecipeError("which recipe?", hint="For instance rlkit check RECIPE key=value")
-    setup = recipe.read(name, overrides)
-    for stage in setup.stages:
-        data = setup.recipe["stages"][stage.name]["data"]
-        if absent := _absent(data):
-            what = f"stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
-            print(what, file=sys.stderr)
-        else:
-            stage.data.open()  # a file of prompts is read, and its errors are said now
-    if options.json:
-        print(json.dumps(setup.recipe, indent=2))
-        return 0
-    policy = setup.recipe["policy"]
-    parts = {name: part["backbone"]["name"] for name, part in policy.get("parts", {}).items()}
-    whole = ", ".join(f"{name} {backbone}" for name, backbone in parts.items())
-    print(f"policy: {whole or _trains(policy['backbone']['name'], policy['train'])}, {setup.options.precision}")
-    for stage in setup.stages:
-        plain = setup.recipe["stages"][stage.name]
-        print(f"stage {stage.name}: {stage.steps:,} steps")
-        if stage.train:
-            print(f"  {'trains':<10} {'; '.join(_trains(name, way) for name, way in plain['train'].items())}")
-        for key, text in _stage_table(stage, plain).items():
-            print(f"  {key:<10} {text}")
-    print("ok")
-    return 0
-
-
-def _absent(data: Mapping[str, Any]) -> list[str]:
-    """Files and folders of a stage's data that are not there: a recipe may be checked on another machine."""
-    if data["name"] == "hub":  # its path may be a name on the hub
-        return []
-    named = [data[key] for key in ("path", "held_out_path") if data.get(key)]
-    return [one for one in named if not Path(one).expanduser().exists()]
-
-
-def _trains(name: str, train: Mapping[str, Any]) -> str:
-    return f"{name}, LoRA, rank {train['lora']['rank']}" if "lora" in train else f"{name}, all weights"
-
-
-def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
-    """What a stage would do, in a few words for each part."""
-    samples = stage.data.per_step * stage.data.group
-    rows = recipe.rows_per_step(stage)
-    learner = f"updates of {stage.learner.batch} rows, rate {stage.learner.lr:g}"
-    if rows is not None:
-        updates = rows // stage.learner.batch * stage.learner.epochs
-        learner = f"{rows:,} rows a step, {updates} x {learner}"
-    evaluate = stage.evaluate
-    often = f"every {evaluate.every} steps" if evaluate.every else "first and last"
-    ends = f", {evaluate.ends} first and last" if evaluate.ends and evaluate.every else ""
-    data = plain["data"]["name"]
-    table = {
-        "data": f"{data}: {stage.data.per_step} prompts x {stage.data.group} = {samples} samples a step",
-        "rollout": _in_words(plain["rollout"]),
-        "algorithm": _in_words(plain["algorithm"]),
-        "rewards": ", ".join(
-            f"{reward.name} x {reward.weight:g}" if reward.when == "always" else f"{reward.name} in evaluations"
-            for reward in stage.rewards
-        ),
-        "learner": learner,
-        "evaluate": f"{evaluate.held_out} held-out pictures {often}{ends}",
-    }
-    if not stage.total.plain:
-        gates = "".join(f"; at most {gate.at_most:g} when {gate.when}" for gate in stage.total.gates)
-        table["total"] = stage.total.form + gates
-    acting = [f"{name} {one['action']}" for name, one in plain["monitors"].items() if _acts(one)]
-    if acting:
-        table["monitors"] = f"{', '.join(acting)}; the others warn"
-    others = [one.name for one in stage.also if one.name != stage.name]
-    if others:
-        table["also"] = f"first and last the evaluation of {', '.join(others)}"
-    if stage.until is not None:
-        limit = stage.until
-        flat = f"no higher for {limit.plateau} evaluations"
-        table["until"] = f"{limit.metric} {flat if limit.above is None else f'> {limit.above:g}'}"
-    if plain["expect"]:
-        table["expect"] = ", ".join(f"{metric} {rule}" for metric, rule in plain["expect"].items())
-    return table
-
-
-def _acts(monitor: Any) -> bool:
-    return isinstance(monitor, Mapping) and monitor.get("action", "warn") != "warn"
-
-
-def _in_words(entry: Mapping[str, Any]) -> str:
-    options = " ".join(f"{key}={value}" for key, value in entry.items() if key != "name" and value is not None)
-    return f"{entry['name']} ({options})" if options else str(entry["name"])
 
 
 # ------------------------------------------------------------------------------------------ list and describe
@@ -488,7 +385,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    overrides = [word for word in options.words if _is_override(word)]
+    overrides = [word for word in options.words if sources.is_override(word)]
     prompts = [word for word in options.words if word not in overrides]
     if not prompts:
         raise RecipeError("what shall it draw?", hint='For instance rlkit sample RECIPE "a red circle"')
@@ -756,7 +653,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("Train a recipe, or go on with a run.", _train_arguments, _train),
-    "check": Command("Say what a recipe would do, or what is wrong with it, in seconds.", _check_arguments, _check),
+    "check": Command("Say what a recipe would do, or what is wrong with it, in seconds.", check.arguments, check.run),
     "list": Command("List a catalogue: what a recipe may name.", _list_arguments, _list),
     "describe": Command("Say what one entry is and which options it has.", _describe_arguments, _describe),
     "sample": Command("Draw prompts with a recipe's base model or a run's weights.", _sample_arguments, _sample),

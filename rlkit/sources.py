@@ -29,6 +29,11 @@ ENTRIES = ("data", "rollout", "algorithm")  # of a stage: a name with options
 COMMAND_LINE = "command line"
 
 
+def is_override(word: str) -> bool:
+    """Whether a word of a command line changes a key, and names no recipe."""
+    return bool(re.match(r"[~+]*[^\s=/]+=|~", word))
+
+
 def find(name_or_path: str) -> Path:
     """The file of a recipe: a built-in one by its name, or any file by its path."""
     built_in = registry.recipes()

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 import time
@@ -80,7 +79,7 @@ def _counted(sweep: Sweep, board: Board) -> str:
 
 
 def _new(options: argparse.Namespace) -> tuple[Sweep, Board]:
-    if not options.words or re.match(r"[~+]*[^\s=/]+=", options.words[0]):
+    if not options.words or sources.is_override(options.words[0]):
         raise RecipeError("which sweep?", hint="For instance rlkit sweep FILE.yaml --seeds 0,1,2")
     path, words = Path(options.words[0]), tuple(options.words[1:])
     sweep = sweep_file.read(path)

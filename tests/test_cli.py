@@ -152,6 +152,25 @@ def test_a_recipe_can_be_checked_where_its_data_is_not(tmp_path, capsys):
     assert "prompts.jsonl" in text
 
 
+def test_of_several_recipes_each_has_a_line(capsys):
+    recipes = [str(file) for file in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))]
+    assert cli.main(["check", *recipes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == recipes
+    assert {line.split(": ")[1].split(",")[0] for line in lines} == {"ok", "a part that others extend"}
+    assert cli.main(["check", "quickstart", "quickstrat", "world_nft", "stages.main.steps=7"]) == 1
+    first, wrong, last = capsys.readouterr().out.splitlines()
+    assert first == "quickstart: ok, main 7 steps", "the changes are made to each"
+    assert wrong.startswith("quickstrat: ")
+    assert "Did you mean 'quickstart'" in wrong
+    assert last == "world_nft: ok, main 7 steps", "one that is wrong hides no other"
+
+
+def test_the_json_of_several_recipes_is_no_json(capsys):
+    assert cli.main(["check", "quickstart", "world_nft", "--json"]) == 1
+    assert "is for one recipe" in capsys.readouterr().err
+
+
 def test_a_stage_that_ends_on_a_plateau_says_so(capsys):
     assert cli.main(["check", "quickstart", "stages.main.until={metric: held_out/strict, plateau: 3}"]) == 0
     assert "until      held_out/strict no higher for 3 evaluations" in capsys.readouterr().out

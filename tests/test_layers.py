@@ -45,7 +45,7 @@ LEVELS = {
     **dict.fromkeys(("recipe", "recipe_parts", "recipe_course"), 6),
     **dict.fromkeys(("report", "report_page", "report_run", "report_stages", "charts"), 7),
     **dict.fromkeys(("arena", "arena_page", "bench", "merge"), 7),
-    **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "cli"), 7),
+    **dict.fromkeys(("reward_server", "reward_worker", "rollout_server", "check", "cli"), 7),
     **dict.fromkeys(
         ("plan", "plan_answers", "plan_calls", "plan_devices", "plan_memory", "plan_sizes", "plan_stage", "plan_words"),
         7,
