@@ -14,7 +14,7 @@ from rlkit.errors import RecipeError
 if TYPE_CHECKING:
     from rlkit.plan_devices import Machine
     from rlkit.plan_stage import Prediction
-    from rlkit.trainer import Setup
+    from rlkit.stages import Setup
 
 HEADING = "predicted, not measured"
 NOT_COUNTED = "rewards, decoding, encoding of prompts, checkpoints and start-up are not counted in the time"
@@ -24,20 +24,28 @@ SIZE_SAID = "size"  # of a reward's card
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE key=value", help="a recipe's name or file, and changes")
     parser.add_argument("--gpus", default="cpu", metavar="8xH200", help="how many of which device (default: cpu)")
+    parser.add_argument("--answer", type=float, default=1.0, metavar="SHARE", help="of the most tokens of an answer")
+    parser.add_argument(
+        "--read", type=int, metavar="TOKENS", help="of a batch's longest conversation, beside its answers"
+    )
     parser.add_argument("--json", action="store_true")
 
 
 def run(options: argparse.Namespace) -> int:
     """0 when every stage fits, 1 when one does not."""
-    from rlkit import plan_devices, plan_stage
+    from rlkit import plan_answers, plan_devices, plan_stage
 
     name, *changes = options.words
     if "=" in name:
         raise RecipeError("which recipe?", hint="For instance rlkit plan RECIPE --gpus 8xH200")
     plan_devices.check(options.gpus)  # before anything is read
+    try:
+        known = plan_answers.Known(options.answer, options.read)
+    except ValueError as error:
+        raise RecipeError(f"{error}.", hint="For instance --answer 0.5 --read 400.") from error
     setup = recipe.read(name, changes)
     machine = plan_devices.machine(options.gpus, setup.options.threads)
-    predictions = plan_stage.predict(setup, machine)
+    predictions = plan_stage.predict(setup, machine, known)
     print(
         json.dumps(described(setup, machine, predictions), indent=2)
         if options.json
@@ -67,6 +75,7 @@ def described(setup: Setup, machine: Machine, predictions: list[Prediction]) -> 
                 "step_seconds": one.step_seconds,
                 "samples_per_second": _rate(one),
                 "hours": one.hours,
+                "answers": one.answers,
                 "source": "" if one.size is None else one.size.source,
             }
         )
@@ -102,6 +111,8 @@ def _lines(one: Prediction) -> Iterator[tuple[str, str]]:
     parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in one.memory.items() if count >= 5e6)
     end = "" if one.fits else ": DOES NOT FIT"
     yield "memory", f"{one.total / 1e9:.2f} of {one.available / 1e9:.0f} GB on each device{end} ({parts})"
+    if one.answers:
+        yield "answers", one.answers
     for text in one.advice:
         yield "change", text
     split = f"sampling {calls.sampled:,.0f}, without gradient {calls.compared:,.0f}, with {calls.trained:,.0f}"

@@ -4,6 +4,10 @@ Algorithms, the sampler and the learner are the real ones, so nothing here knows
 included. What is not there is what costs: the latents are of one value, prompts and scores are invented. How many rows
 go through the network depends on neither.
 
+Answers of a policy that writes are invented too, a token each: rows are counted, and how long they are is said
+elsewhere. Whom an algorithm asks about them, a model or an endpoint, is not opened, and says nothing: what it would
+learn from that is not counted.
+
 Not every step is made: the first, one for each way in which the algorithm wants a step sampled, and a few more across
 the stage, since some algorithms ask more of later ones. The others count as the nearest made before them.
 """
@@ -11,8 +15,8 @@ the stage, since some algorithms ask more of later ones. The others count as the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +25,24 @@ from torch import Tensor, nn
 from rlkit import registry
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
+from rlkit.episodes import Episode
+from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
-from rlkit.trainer import Stage
-from rlkit.types import Condition, Context, FlowModel, Plan, Prompt, Samples, Scores, Tools, generator
+from rlkit.stages import Stage
+from rlkit.types import (
+    Condition,
+    Context,
+    FlowModel,
+    Plan,
+    Prompt,
+    Samples,
+    Scores,
+    TokenModel,
+    Tokens,
+    Tools,
+    generator,
+)
 
 SEED = 0
 LOOKED_AT = 500  # steps whose plan is asked for
@@ -83,8 +101,8 @@ class OneNumber(nn.Module):
 
 
 def rehearse(stage: Stage, guidance: float = 1.0, devices: int = 1) -> StageCalls:
-    """The network calls of a stage of a flow policy. Several devices share less of a group's beginning: each draws its
-    own part of it, as it does where the rollout's `batch` cuts through a group."""
+    """The network calls of a stage. Several devices share less of a group's beginning: each draws its own part of it,
+    as it does where the rollout's `batch` cuts through a group. Of a policy that writes, those of training alone."""
     made = _Rehearsal(stage, guidance, devices)
     start = made.begin()
     return StageCalls(start, tuple(made.each()))
@@ -92,10 +110,15 @@ def rehearse(stage: Stage, guidance: float = 1.0, devices: int = 1) -> StageCall
 
 class _Rehearsal:
     def __init__(self, stage: Stage, guidance: float, devices: int) -> None:
-        self.stage, self.algorithm = stage, stage.algorithm
+        self.stage, self.algorithm = stage, _unasked(stage.algorithm)
         self.net = OneNumber()
-        self.policy = Policy(_model(self.net), None, torch.device("cpu"), "fp32", SEED, guidance)
         needs = stage.algorithm.needs()
+        self.writes = needs.kind == "tokens"
+        self.policy: Any
+        if self.writes:
+            self.policy = LanguagePolicy(_writer(self.net), None, torch.device("cpu"), "fp32", SEED)
+        else:
+            self.policy = Policy(_model(self.net), None, torch.device("cpu"), "fp32", SEED, guidance)
         for name, wanted in (("old", needs.old), ("reference", needs.reference)):
             if wanted:
                 self.policy.keep(name)
@@ -106,7 +129,7 @@ class _Rehearsal:
         self.models = self.policy.models_with(lambda media, prompts: media.mean(dim=(1, 2, 3)))
         self.state: dict[str, Any] = {}
         self.rollout: Any = None
-        if not needs.preference:
+        if not needs.preference and not self.writes:
             share = math.ceil(stage.data.per_step * stage.data.group / devices)
             sampling = {
                 "steps": stage.rollout.steps,
@@ -160,7 +183,7 @@ class _Rehearsal:
         batch = PromptBatch(prompts, data.group)
         if self.rollout is None:
             self.policy.conditions.encode(prompts)
-            return _handed_out(batch)
+            return _written(batch) if self.writes else _handed_out(batch)
         samples: Samples = self.rollout.collect(batch, plan, context)
         return samples
 
@@ -202,6 +225,62 @@ def _model(net: OneNumber) -> FlowModel:
         sigmas=lambda steps: torch.linspace(1, 0, steps + 1),
         latent_shape=(1, 1, 1),
         lora_targets=(),
+    )
+
+
+class Nobody:
+    """Stands for whoever an algorithm opens: asked about anything, it has nothing to say."""
+
+    def open(self) -> Callable[[Sequence[Any]], list[None]]:
+        return lambda asked: [None for _ in asked]
+
+
+def _unasked(algorithm: Any) -> Any:
+    """The algorithm without those whom it would ask: the options that can be opened."""
+    options = {one.name: getattr(algorithm, one.name) for one in fields(algorithm)} if is_dataclass(algorithm) else {}
+    opened = {name: Nobody() for name, one in options.items() if callable(getattr(one, "open", None))}
+    return replace(algorithm, **opened) if opened else algorithm
+
+
+def _writer(net: OneNumber) -> TokenModel:
+    """Of two words."""
+
+    def logits(called: nn.Module, ids: Tensor, there: Tensor, cond: Condition) -> Tensor:
+        answer: Tensor = called(torch.zeros(*ids.shape, 2))
+        return answer
+
+    return TokenModel(
+        net=net,
+        logits=logits,
+        encode=lambda prompts: [{"ids": torch.zeros(1, dtype=torch.int64)} for _ in prompts],
+        decode=lambda answers: ["" for _ in answers],
+        ends=(1,),
+        longest=2,
+        lora_targets=(),
+        collate=lambda conditions: {},
+        write=lambda folder: None,
+    )
+
+
+def _written(batch: PromptBatch) -> Samples:
+    """An answer of one token to each prompt, as the episode of an agent who asked nobody."""
+    index = torch.arange(len(batch))
+    nothing = torch.zeros(len(batch), 0)
+    ones, ids = torch.ones(len(batch), dtype=torch.int64), torch.zeros(len(batch), 2, dtype=torch.int64)
+    decided = torch.tensor([False, True]).expand(len(batch), 2)
+    chosen = torch.where(decided, math.log(0.5), 0.0)
+    return Samples(
+        media=nothing,
+        latents=nothing,
+        prompts=tuple(batch.of(i) for i in index.tolist()),
+        group=index // batch.group,
+        index=index,
+        sample_id=index,
+        version=0,
+        total=len(batch),
+        tokens=Tokens(ids, 2 * ones, ones, decided, chosen, ones.bool(), 1.0),
+        texts=("",) * len(batch),
+        episodes=(Episode((), None, "turns"),) * len(batch),
     )
 
 

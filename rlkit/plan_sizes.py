@@ -25,7 +25,9 @@ from rlkit.errors import RecipeError
 from rlkit.weights import Lora
 
 UNITS = {"M": 1e6, "B": 1e9}
+QUERIES = {"to_q": 1, "img_attn_qkv": 3}  # ends of the names of layers that make queries, and of how much in all
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MORE_ATTENTION = ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")
 ONCE = ("norm", "mod", "time", "guidance", "text_embedder", "adaln")  # of these names: once a picture, not per token
 WORDS = ("context", "txt", "add_", "to_add")  # of a network with two streams: on the text's tokens
 
@@ -44,34 +46,42 @@ class Published:
         return {"_class_name": self.kind, **self.changes}
 
 
+CLIP_L, CLIP_BIGG, T5_XXL, QWEN_VL = 123.65e6, 694.66e6, 4762.3e6, 8292.2e6  # parameters; QWEN_VL: Qwen2.5-VL of 7 B
 SD35 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
 SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
 PUBLISHED = {
     "stabilityai/stable-diffusion-3.5-medium": Published(
         "SD3Transformer2DModel",
         {**SD35, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-        encoders=5.6e9,
+        encoders=CLIP_L + CLIP_BIGG + T5_XXL,
         words=77,
     ),
     "stabilityai/stable-diffusion-3.5-large": Published(
-        "SD3Transformer2DModel", {**SD35_LARGE, "qk_norm": "rms_norm"}, encoders=5.6e9, words=77
+        "SD3Transformer2DModel", {**SD35_LARGE, "qk_norm": "rms_norm"}, encoders=CLIP_L + CLIP_BIGG + T5_XXL, words=77
     ),
-    "black-forest-labs/FLUX.1-dev": Published("FluxTransformer2DModel", {"guidance_embeds": True}, encoders=4.9e9),
+    "black-forest-labs/FLUX.1-dev": Published(
+        "FluxTransformer2DModel", {"guidance_embeds": True}, encoders=CLIP_L + T5_XXL
+    ),
     "black-forest-labs/FLUX.1-Kontext-dev": Published(
-        "FluxTransformer2DModel", {"guidance_embeds": True}, encoders=4.9e9
+        "FluxTransformer2DModel", {"guidance_embeds": True}, encoders=CLIP_L + T5_XXL
     ),
-    "Qwen/Qwen-Image": Published("QwenImageTransformer2DModel", {}, encoders=7e9),
-    "Alpha-VLLM/Lumina-Image-2.0": Published("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, encoders=2.6e9),
+    "Qwen/Qwen-Image": Published("QwenImageTransformer2DModel", {}, encoders=QWEN_VL),
+    "Alpha-VLLM/Lumina-Image-2.0": Published("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, encoders=2614.3e6),
     "hunyuanvideo-community/HunyuanImage-2.1-Diffusers": Published(
-        "HunyuanImageTransformer2DModel", {}, encoders=8.5e9, cell=32
+        "HunyuanImageTransformer2DModel", {}, encoders=QWEN_VL + 219.3e6, cell=32
     ),
-    "Tongyi-MAI/Z-Image": Published("ZImageTransformer2DModel", {}, encoders=4e9),
+    "jdopensource/JoyAI-Image-Edit-Diffusers": Published(
+        "JoyImageEditTransformer3DModel",
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 40, "text_dim": 4096},
+        encoders=8767.1e6,
+    ),
+    "Tongyi-MAI/Z-Image": Published("ZImageTransformer2DModel", {}, encoders=4022.5e6),
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """A flow backbone in numbers."""
+    """A backbone in numbers, and one of its rows."""
 
     source: str  # where they come from, in words
     parameters: float
@@ -82,15 +92,26 @@ class Size:
     flops: float  # of one row's forward pass
     linears: Mapping[str, tuple[int, int]]  # name -> (inputs, outputs); empty where the network was not built
     pixels: int  # of a picture that an autoencoder of convolutions decodes; 0: it costs nothing worth a number
+    saved: float = 0.0  # values that the backward pass needs of a token in a layer, if known
+    aside: float = 0.0  # values that it needs of a row beside: of the picture in it
+    kept: int = 0  # values of a token's key and value in a layer, of a model that writes
+    vocabulary: int = 0
+    learns: float | None = None  # parameters that learn, where that is not for adapters to say
 
     def trained(self, lora: Lora | None) -> float:
         """Parameters that learn."""
+        if self.learns is not None:
+            return self.learns
         if lora is None:
             return self.parameters
-        ends = lora.targets or ATTENTION
-        shapes = [shape for name, shape in self.linears.items() if name.endswith(ends)]
-        shapes = shapes or [(self.width, self.width)] * 4 * self.layers  # a guess where nothing was built
-        return float(sum(lora.rank * sum(shape) for shape in shapes))
+        guess = lora.rank * 8.0 * self.width * self.layers  # where nothing was built: four square layers
+        return adapted(self.linears, lora, ATTENTION + MORE_ATTENTION) or guess
+
+
+def adapted(linears: Mapping[str, tuple[int, int]], lora: Lora, targets: Sequence[str]) -> float:
+    """Parameters of adapters on the layers that the recipe names, or else on those of these names."""
+    ends = tuple(lora.targets or targets)
+    return float(sum(lora.rank * sum(shape) for name, shape in linears.items() if name.endswith(ends)))
 
 
 def size_of(backbone: Any, reads_source: bool = False) -> Size:
@@ -123,7 +144,7 @@ def built(config: Mapping[str, Any]) -> nn.Module:
 
 def row_flops(net: nn.Module, picture: int, text: int) -> float:
     """FLOPs of one row's forward pass: `picture` and `text` tokens, and what is computed once."""
-    linears = dict(_linears(net))
+    linears = dict(linears_of(net))
     streams = any(one.startswith(WORDS) for name in linears for one in name.split(".")[-2:])
     total = 0.0
     for name, layer in linears.items():
@@ -135,32 +156,38 @@ def row_flops(net: nn.Module, picture: int, text: int) -> float:
         else:
             tokens = picture if streams and "single" not in name else picture + text
         total += 2 * tokens * layer.in_features * layer.out_features
-        if parts[-1] == "to_q":
-            total += 4 * (picture + text) ** 2 * layer.out_features
+        if parts[-1] in QUERIES:
+            total += 4 * (picture + text) ** 2 * layer.out_features / QUERIES[parts[-1]]
     return total
 
 
-def _linears(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linears_of(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, one) for name, one in net.named_modules() if isinstance(one, nn.Linear))
 
 
 def _of_net(source: str, net: nn.Module, picture: int, text: int, encoders: float, pixels: int) -> Size:
-    linears = {name: (one.in_features, one.out_features) for name, one in _linears(net)}
-    queries = {name: shape for name, shape in linears.items() if name.endswith("to_q")}
-    width = max((shape[1] for shape in queries.values()), default=1)
+    linears = {name: (one.in_features, one.out_features) for name, one in linears_of(net)}
+    queries = {name: shape[1] // QUERIES[end] for name, shape in linears.items() if (end := _end(name)) in QUERIES}
+    width = max(queries.values(), default=1)
     layers = len({name.split(".attn")[0].split(".attention")[0] for name in queries})
     parameters = float(sum(one.numel() for one in net.parameters()))
     flops = row_flops(net, picture, text)
     return Size(source, parameters, encoders, layers, width, picture + text, flops, linears, pixels)
 
 
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _of_folder(backbone: Any, folder: Path, reads_source: bool) -> Size:
-    config = _json(folder / "transformer" / "config.json")
+    config = read_json(folder / "transformer" / "config.json")
     vae = folder / "vae" / "config.json"
-    factor = 2 ** (len(_json(vae).get("block_out_channels", [0] * 4)) - 1) if vae.is_file() else 1
+    factor = 2 ** (len(read_json(vae).get("block_out_channels", [0] * 4)) - 1) if vae.is_file() else 1
     patch = config.get("patch_size", 1)
     cell = factor * int(patch if isinstance(patch, int) else patch[-1])
-    texts = [_json(file).get("max_position_embeddings", 0) for file in sorted(folder.glob("text_encoder/config.json"))]
+    texts = [
+        read_json(file).get("max_position_embeddings", 0) for file in sorted(folder.glob("text_encoder/config.json"))
+    ]
     words = 0 if getattr(backbone, "max_tokens", None) else max(texts, default=0)
     weights = sum(file.stat().st_size for file in folder.glob("text_encoder*/*.safetensors"))  # saved with 2 bytes each
     if getattr(backbone, "size", None) is None:  # of one size only: that of its configuration
@@ -215,6 +242,6 @@ def _pixels(backbone: Any) -> int:
     return math.prod(getattr(backbone, "size", None) or (0,))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return read

@@ -1,73 +1,31 @@
-"""What a stage would take: memory, network calls, FLOPs and hours. Predicted from sizes and a table, never measured.
+"""What a stage would take: network calls, FLOPs and hours. Predicted from sizes and a table, never measured.
 
 Counted: forward passes, backward passes at twice the forward (at once where LoRA needs no gradient of most weights),
 the forward again with checkpointing, the optimiser's reading and writing, the exchange of gradients between devices,
-and evaluations. Not counted: rewards, decoding, encoding of prompts, checkpoints, start-up.
+evaluations, and the writing of answers. Not counted: rewards, decoding, encoding of prompts, checkpoints, start-up.
+
+Of a policy of parts, each stage has the work of its own: the captioner writes, and reads what it wrote; the generator
+draws; what the stage trains has a backward pass. The connector is two layers, and is not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlkit import plan_calls
-from rlkit.plan_devices import Machine
+from rlkit import plan_answers, plan_calls, registry
+from rlkit.plan_answers import Conversation, Known, Writing, writer_of
+from rlkit.plan_devices import Device, Machine
+from rlkit.plan_memory import ROOM, Footprint, cures, footprint
 from rlkit.plan_sizes import Size, size_of
-from rlkit.trainer import Setup, Stage
+from rlkit.plan_words import Words, words_of
+from rlkit.stages import Setup, Stage
 from rlkit.weights import Lora
 
-SAVED = 21  # values that the backward pass needs for each layer, token and unit of width
-AGAIN = 2  # of them with checkpointing, beside those of one layer
-PASSING = 8  # values for each token and unit of width that a pass without gradient holds at once
-DECODING = 1536  # bytes for each pixel, while an autoencoder of convolutions decodes in fp32
 UPDATE = 64  # bytes for each trained weight that an optimiser step reads and writes: gradient, clipping, AdamW
-ROOM = 0.9  # share of a device's memory that can be planned with; the rest is fragments, kernels and libraries
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """All that the memory of one device depends on."""
-
-    size: Size
-    lora: Lora | None
-    bf16: bool
-    sets: int  # copies of the trained weights
-    sets_on_device: bool
-    micro_batch: int  # rows of one pass with gradient
-    each: float  # what of a row goes through the network with gradient: both of a pair, each of several steps, guidance
-    passes: int  # of one update
-    sampled: int  # rows of one pass of the sampler; guidance doubles them
-    pictures: int  # decoded at once
-    checkpointing: bool
-    encoders: str
-
-    @property
-    def memory(self) -> dict[str, float]:
-        """Bytes by what they are for."""
-        size, number = self.size, 2 if self.bf16 else 4
-        trained = size.trained(self.lora)
-        frozen = size.parameters if self.lora else 0.0
-        row = size.tokens * size.width * number
-        kept = size.layers * AGAIN + SAVED if self.checkpointing else size.layers * SAVED
-        lowered = 2 * trained if self.bf16 else 0.0  # autocast's copies of fp32 weights
-        passing = max(self.micro_batch * self.each * row * kept, self.sampled * row * PASSING)
-        return {
-            "weights": 4 * trained + number * frozen,
-            "gradients": 4 * trained * (2 if self.passes > 1 else 1),
-            "moments": 8 * trained,
-            "sets": 4 * trained * (self.sets if self.sets_on_device else min(self.sets, 1)),
-            "activations": passing + lowered,
-            "decoding": float(self.pictures * size.pixels * DECODING),
-            "encoders": number * size.encoders if self.encoders == "keep" else 0.0,
-        }
-
-    @property
-    def total(self) -> float:
-        """Bytes at the worst moment: nobody decodes while rows are trained on."""
-        parts = self.memory
-        return sum(parts.values()) - min(parts["activations"], parts["decoding"])
+LIMITS = Known()  # nothing but those
 
 
 @dataclass(frozen=True)
@@ -89,72 +47,68 @@ class Prediction:
     seconds: Mapping[str, float] | None = None  # of a step, by phase
     steps: int = 0
     hours: float = 0.0  # of the stage, with its evaluations
+    answers: str = ""  # how long they are taken to be
 
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values()) if self.seconds else 0.0
 
 
-def predict(setup: Setup, machine: Machine) -> list[Prediction]:
+def predict(setup: Setup, machine: Machine, known: Known = LIMITS) -> list[Prediction]:
     """Every stage of a recipe on a machine."""
-    return [_stage(setup, stage, machine) for stage in setup.stages]
+    return [_stage(setup, stage, machine, known) for stage in setup.stages]
 
 
-def _stage(setup: Setup, stage: Stage, machine: Machine) -> Prediction:
-    if setup.policy.parts or stage.algorithm.needs().kind != "flow":
-        what = "a policy of several parts" if setup.policy.parts else "a policy that writes"
-        return Prediction(stage.name, f"not predicted: {what}, whose answers end where they want to", steps=stage.steps)
+def _stage(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Prediction:
     samples = stage.data.per_step * stage.data.group
     if samples < machine.count:
         what = f"{machine.count} devices cannot share {samples} samples: raise stages.{stage.name}.data.per_step"
         return Prediction(stage.name, what, samples=samples, steps=stage.steps, fits=False)
-    size = size_of(setup.policy.backbone, "source" in getattr(stage.data, "gives", ()))
-    calls = plan_calls.rehearse(stage, setup.policy.guidance, machine.count)
-    held = footprint(setup, stage, machine.count, size, calls.mean)
-    room = ROOM * machine.device.memory
-    seconds = step_seconds(held, calls.mean, machine, samples)
+    work = _work(setup, stage, machine, known)
+    held, seconds, room = work.held, work.seconds, ROOM * machine.device.memory
     return Prediction(
         stage=stage.name,
-        size=size,
+        size=held.size,
         memory=held.memory,
         total=held.total,
         available=machine.device.memory,
         fits=held.total <= room,
-        advice=() if held.total <= room else tuple(cures(held, stage, room)),
-        calls=calls.mean,
-        first_calls=calls.start + calls.steps[0].total,
-        flops=step_flops(held, calls.mean),
+        advice=work.advice + (() if held.total <= room else tuple(cures(held, stage, room))),
+        calls=work.calls,
+        first_calls=work.first,
+        flops=work.flops,
         samples=samples,
         seconds=seconds,
         steps=stage.steps,
-        hours=(sum(seconds.values()) * stage.steps + _evaluations(setup, stage, held, machine)) / 3600,
+        hours=(sum(seconds.values()) * stage.steps + work.evaluations) / 3600,
+        answers=work.answers,
     )
 
 
-def footprint(setup: Setup, stage: Stage, devices: int, size: Size, calls: plan_calls.StepCalls) -> Footprint:
-    """What a recipe's stage holds on one of so many devices."""
-    needs, resources = stage.algorithm.needs(), setup.policy.resources
-    own = needs.reference and stage.anchor != "ema"
-    sets = sum((needs.old, own, stage.learner.ema is not None))
-    rows = math.ceil(stage.learner.batch / devices)
-    micro = min(rows, stage.learner.micro_batch or rows)
-    share = math.ceil(stage.data.per_step * stage.data.group / devices)
-    pictures = min(share, getattr(stage.rollout, "batch", None) or share)
-    double = 1 if setup.policy.guidance == 1 else 2
-    return Footprint(
-        size=size,
-        lora=setup.policy.lora,
-        bf16=setup.options.precision == "bf16",
-        sets=sets,
-        sets_on_device=resources.sets == "device",
-        micro_batch=micro,
-        each=calls.trained / (calls.updates * stage.learner.batch) if calls.updates else 1.0,
-        passes=math.ceil(rows / micro),
-        sampled=pictures * double,
-        pictures=pictures,
-        checkpointing=setup.policy.checkpointing,
-        encoders=resources.encoders,
-    )
+@dataclass(frozen=True)
+class Work:
+    """A step of a stage, of whatever parts it takes; means over the steps."""
+
+    held: Footprint
+    calls: plan_calls.StepCalls
+    first: float
+    flops: float
+    seconds: Mapping[str, float]
+    evaluations: float  # seconds, of the whole stage
+    answers: str = ""
+    advice: tuple[str, ...] = ()
+
+
+def _work(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Work:
+    if setup.policy.parts or stage.algorithm.needs().kind != "flow":
+        return _of_words(setup, stage, machine, known)
+    size = size_of(setup.policy.backbone, "source" in getattr(stage.data, "gives", ()))
+    calls = plan_calls.rehearse(stage, setup.policy.guidance, machine.count)
+    held = footprint(setup, stage, machine.count, size, calls.mean)
+    seconds = step_seconds(held, calls.mean, machine, stage.data.per_step * stage.data.group)
+    evaluated = _evaluations(setup, stage, held, machine)
+    first = calls.start + calls.steps[0].total
+    return Work(held, calls.mean, first, step_flops(held, calls.mean), seconds, evaluated)
 
 
 def step_flops(footprint: Footprint, calls: plan_calls.StepCalls) -> float:
@@ -180,47 +134,152 @@ def step_seconds(footprint: Footprint, calls: plan_calls.StepCalls, machine: Mac
     }
 
 
-def _evaluations(setup: Setup, stage: Stage, footprint: Footprint, machine: Machine) -> float:
-    """Seconds of a stage's evaluations: before the first step, after the last, and every so many between."""
+def _evaluated(stage: Stage) -> int:
+    """Samples of a stage's evaluations: before the first step, after the last, and every so many between."""
     told = stage.evaluate
     between = (stage.steps - 1) // told.every if told.every else 0
     ends = told.held_out if told.ends is None else told.ends
-    pictures = between * told.held_out + 2 * ends
+    return between * told.held_out + 2 * ends
+
+
+def _evaluations(setup: Setup, stage: Stage, footprint: Footprint, machine: Machine) -> float:
+    """Seconds of a stage's evaluations."""
+    pictures = _evaluated(stage)
     double = 1 if setup.policy.guidance == 1 else 2
-    rows = pictures * (told.steps or stage.rollout.steps) * double
+    rows = pictures * (stage.evaluate.steps or stage.rollout.steps) * double
     return step_seconds(footprint, plan_calls.StepCalls(sampled=rows), machine, max(1, pictures))["sample"]
 
 
-def cures(footprint: Footprint, stage: Stage, room: float) -> Iterator[str]:
-    """What each change would do by itself, cheapest first, and what all of them would do together."""
-    where = f"stages.{stage.name}"
-    fewer = replace(footprint, micro_batch=1, passes=2)
-    alone = footprint.sampled // footprint.pictures  # rows of one picture
-    changes: list[tuple[str, Footprint, dict[str, Any]]] = [
-        ("run.precision=bf16", replace(footprint, bf16=True), {"bf16": True}),
-        ("policy.encoders=offload", replace(footprint, encoders="offload"), {"encoders": "offload"}),
-        ("policy.sets=cpu", replace(footprint, sets_on_device=False), {"sets_on_device": False}),
-        (f"{where}.learner.micro_batch=1", fewer, {"micro_batch": 1, "passes": 2}),
-        (f"{where}.rollout.batch=1", replace(footprint, sampled=alone, pictures=1), {"sampled": alone, "pictures": 1}),
-        ("policy.checkpointing=true", replace(footprint, checkpointing=True), {"checkpointing": True}),
-    ]
-    if footprint.lora is None:
-        lora = Lora(rank=32)
-        words = "policy.train.lora.rank=32 (in the place of all weights)"
-        changes.append((words, replace(footprint, lora=lora), {"lora": lora}))
-    helping = [one for one in changes if one[1].total < 0.98 * footprint.total]
-    for words, changed, _ in helping:
-        yield f"{words}: {_gigabytes(changed.total)}{', which fits' if changed.total <= room else ''}"
-    together = footprint
-    taken: list[str] = []
-    for words, _, change in helping:
-        together, taken = replace(together, **change), [*taken, words]
-        if together.total <= room:
-            break
-    if len(taken) > 1 and not any(changed.total <= room for _, changed, _ in helping):
-        end = "which fits" if together.total <= room else "which still does not fit: choose another device"
-        yield f"together ({', '.join(one.split(' ')[0] for one in taken)}): {_gigabytes(together.total)}, {end}"
+# ---- policies that write ---------------------------------------------------------------------------------------------
+
+NOTHING = Lora(rank=0)  # a network of which nothing learns
+SERVERS = "an engine cannot share one of several learner processes: give urls of servers (rlkit serve-rollout)"
 
 
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Work:
+    """A stage of a policy that writes, alone or with a generator that draws what it wrote."""
+    parts = {getattr(one, "kind", ""): (name, one) for name, one in setup.policy.parts.items()}
+    name, backbone = parts.get("tokens", ("", setup.policy.backbone))
+    words = words_of(backbone)
+    told = plan_answers.conversation(stage, backbone, words, known)
+    calls = plan_calls.rehearse(stage, setup.policy.guidance, machine.count)
+    acts = stage.algorithm.needs().kind == "tokens"  # the network that writes is the one that learns
+    writes = _writing(setup, stage, machine, words, told, acts)
+    drawn = _drawn(setup, stage, parts.get("flow"), acts, calls.mean)
+    writer = _writer_held(setup, stage, machine, name, told, calls.mean, writes, acts)
+    heard = writes.rows * words.flops(told.said, 1) if parts else 0.0  # its own words, read for the generator
+    speed = _speed(setup, machine.device)
+    seconds = {
+        "write": (writes.seconds(machine.device, speed) if writes.rows else 0.0) + heard / speed,
+        "draw": drawn.rows * drawn.flops / machine.count / speed,
+    }
+    samples = stage.data.per_step * stage.data.group
+    evaluations = sum(seconds.values()) / samples * _evaluated(stage)
+    # Devices that have one conversation less than the busiest wait, and compute nothing.
+    written = (samples if acts else stage.data.per_step) if writes.rows else 0
+    flops = (writes.reading + writes.saying + heard) * written / max(1, writes.rows) + drawn.rows * drawn.flops
+    learning = replace(calls.mean, sampled=0.0)
+    trained = [(writer if acts or drawn.held is None else drawn.held, learning)]
+    if not acts and name in stage.train:
+        trained.append((writer, replace(learning, compared=0.0)))
+    for one, own in trained:
+        flops += step_flops(one, own)
+        for phase, count in step_seconds(one, own, machine, samples).items():
+            seconds[phase] = seconds.get(phase, 0.0) + count
+    held = trained[0][0]
+    other = drawn.held if held is writer else writer
+    shown = replace(calls.mean, sampled=written * (told.said + bool(parts)) + drawn.rows)
+    _, entry = writer_of(stage.rollout)
+    alone = writes.engine and not entry.urls and machine.count > 1
+    return Work(
+        held=replace(held, others=0.0 if other is None else other.total),
+        calls=shown,
+        first=calls.start + shown.total,
+        flops=flops,
+        seconds={phase: count for phase, count in seconds.items() if count},
+        evaluations=evaluations,
+        answers=told.words,
+        advice=(SERVERS,) if alone else (),
+    )
+
+
+def _speed(setup: Setup, device: Device) -> float:
+    return (device.bf16 if setup.options.precision == "bf16" else device.fp32) * device.efficiency
+
+
+def _writing(setup: Setup, stage: Stage, machine: Machine, words: Words, told: Conversation, acts: bool) -> Writing:
+    """What one device writes in a step: an answer a sample, one a prompt for a generator to draw, no demonstration."""
+    _, entry = writer_of(stage.rollout)
+    prompts = math.ceil(stage.data.per_step / machine.count)
+    rows = math.ceil(stage.data.per_step * stage.data.group / machine.count) if acts else prompts
+    rows = 0 if getattr(stage.rollout, "agent", None) is not None else rows
+    engine = getattr(entry, "gpu_share", None) is not None
+    batch = entry.sequences if engine else entry.batch or max(rows, 1)
+    number = 2 if setup.options.precision == "bf16" else 4
+    return Writing(words, told, rows, min(rows, prompts), batch, number, engine)
+
+
+def _writer_held(
+    setup: Setup,
+    stage: Stage,
+    machine: Machine,
+    name: str,
+    told: Conversation,
+    calls: plan_calls.StepCalls,
+    writes: Writing,
+    acts: bool,
+) -> Footprint:
+    """Of the network that writes, as the stage trains it. name: of the part that it is; "": of none."""
+    words, way = writes.words, stage.train.get(name)
+    lora = setup.policy.lora if not name else NOTHING if way is None else way.lora
+    learns = 0.0 if lora is NOTHING else words.trained(lora, way.only if way else ())
+    # Words that only tell a generator what to draw are read by themselves, and nobody asks for their logits.
+    size = words.row(told.total, told.total, told.pictures, learns) if acts else words.row(told.said, 1, 0, learns)
+    _, entry = writer_of(stage.rollout)
+    share = entry.gpu_share if writes.engine and not entry.urls else 0.0
+    held = footprint(setup, stage, machine.count, size, calls)
+    return replace(
+        held,
+        lora=lora,
+        each=1.0 if learns else 0.0,
+        sampled=0,
+        pictures=0,
+        sets=held.sets if acts else 0,
+        cached=0 if writes.engine else min(writes.batch, writes.rows),
+        engine=share * machine.device.memory,
+    )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    rows: float  # through the generator in a step, over all devices
+    flops: float  # of one
+    held: Footprint | None  # None: nobody draws here
+
+
+def _drawn(setup: Setup, stage: Stage, part: tuple[str, Any] | None, acts: bool, calls: plan_calls.StepCalls) -> Drawn:
+    """What is drawn of the words: by a part of the policy, or by the renderer of an agent. At most: equal words are not
+    drawn twice, and answers that cannot be understood not at all."""
+    samples = stage.data.per_step * stage.data.group
+    whole, _ = writer_of(stage.rollout)
+    if part is not None:
+        name, backbone = part
+        size, way = size_of(backbone), stage.train.get(name)
+        held = replace(footprint(setup, stage, 1, size, calls), lora=NOTHING if way is None else way.lora)
+        if not acts:
+            return Drawn(calls.sampled, size.flops, held)
+        rows = samples * whole.pictures * whole.steps * _double(setup.policy.guidance)
+        return Drawn(float(rows), size.flops, replace(held, each=0.0, sets=0))
+    told = dict(getattr(whole, "renderer", None) or {})
+    if "backbone" not in told:
+        return Drawn(0.0, 0.0, None)
+    options, double = dict(told["backbone"]), _double(told.get("guidance", 1.0))
+    entry = registry.build("backbones", str(options.pop("name", "")), options, "rollout.renderer.backbone")
+    size, at_once = size_of(entry), min(samples, told.get("batch") or samples)
+    held = footprint(setup, stage, 1, size, calls)
+    held = replace(held, lora=NOTHING, each=0.0, sets=0, sampled=at_once * double, pictures=at_once)
+    return Drawn(float(samples * told.get("steps", 10) * double), size.flops, held)
+
+
+def _double(guidance: float) -> int:
+    return 1 if guidance == 1 else 2

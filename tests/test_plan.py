@@ -1,12 +1,24 @@
 """What is planned against closed numbers, and against what a run's own metrics count."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rlkit import cli, plan_calls, plan_devices, plan_sizes, plan_stage, recipe, registry
+from rlkit import (
+    cli,
+    plan_answers,
+    plan_calls,
+    plan_devices,
+    plan_memory,
+    plan_sizes,
+    plan_stage,
+    plan_words,
+    recipe,
+    registry,
+)
 from rlkit.errors import RecipeError
 from rlkit.weights import Lora
 
@@ -37,7 +49,7 @@ TOY = plan_sizes.Size(
 def toy(**changed):
     told = {"size": TOY, "lora": None, "bf16": False, "sets": 2, "sets_on_device": True, "micro_batch": 3, "each": 1.0}
     told |= {"passes": 1, "sampled": 4, "pictures": 4, "checkpointing": False, "encoders": "keep"}
-    return plan_stage.Footprint(**(told | changed))
+    return plan_memory.Footprint(**(told | changed))
 
 
 def stage_of(name, *changes):
@@ -142,7 +154,7 @@ def test_memory_of_full_training_in_fp32():
         "gradients": 4000,
         "moments": 8000,
         "sets": 8000,
-        "activations": 3 * 5 * 10 * 4 * 2 * plan_stage.SAVED,
+        "activations": 3 * 5 * 10 * 4 * 2 * plan_memory.SAVED,
         "decoding": 0,
         "encoders": 2000,
     }
@@ -156,9 +168,9 @@ def test_memory_of_full_training_in_fp32():
         ({"encoders": "free"}, "encoders", 0),
         ({"bf16": True, "lora": Lora(rank=3)}, "weights", 4 * 60 + 2 * 1000),
         ({"lora": Lora(rank=3)}, "moments", 8 * 60),
-        ({"checkpointing": True}, "activations", 3 * 5 * 10 * 4 * (2 * plan_stage.AGAIN + plan_stage.SAVED)),
-        ({"each": 2.0}, "activations", 2 * 3 * 5 * 10 * 4 * 2 * plan_stage.SAVED),
-        ({"sampled": 1000}, "activations", 1000 * 5 * 10 * 4 * plan_stage.PASSING),
+        ({"checkpointing": True}, "activations", 3 * 5 * 10 * 4 * (2 * plan_memory.AGAIN + plan_memory.SAVED)),
+        ({"each": 2.0}, "activations", 2 * 3 * 5 * 10 * 4 * 2 * plan_memory.SAVED),
+        ({"sampled": 1000}, "activations", 1000 * 5 * 10 * 4 * plan_memory.PASSING),
     ],
 )
 def test_memory_follows_what_is_chosen(change, part, bytes_):
@@ -169,20 +181,20 @@ def test_nobody_decodes_while_rows_are_trained_on():
     from dataclasses import replace
 
     drawing = toy(size=replace(TOY, pixels=100))
-    assert drawing.memory["decoding"] == 4 * 100 * plan_stage.DECODING
+    assert drawing.memory["decoding"] == 4 * 100 * plan_memory.DECODING
     assert drawing.total == sum(drawing.memory.values()) - drawing.memory["activations"]
 
 
 def test_what_does_not_fit_says_what_to_change():
     _, stage = stage_of("quickstart", "stages.main.learner.batch=16")
-    found = list(plan_stage.cures(toy(), stage, room=1.0))
+    found = list(plan_memory.cures(toy(), stage, room=1.0))
     keys = [one.partition("=")[0] for one in found]
     assert keys[:2] == ["run.precision", "policy.encoders"]
     assert "stages.main.learner.micro_batch" in keys
-    free = plan_stage.cures(toy(encoders="free", sets=0), stage, room=1.0)
+    free = plan_memory.cures(toy(encoders="free", sets=0), stage, room=1.0)
     assert not {"policy.encoders", "policy.sets"} & {one.partition("=")[0] for one in free}  # nothing to gain there
     assert found[-1].endswith("which still does not fit: choose another device")
-    fits = list(plan_stage.cures(toy(), stage, room=toy(lora=Lora(rank=32)).total))
+    fits = list(plan_memory.cures(toy(), stage, room=toy(lora=Lora(rank=32)).total))
     assert any(one.startswith("policy.train.lora") and one.endswith("which fits") for one in fits)
 
 
@@ -290,12 +302,251 @@ def test_the_command_as_json(capsys):
     assert stage["hours"] == pytest.approx(2 * stage["step_seconds"] / 3600)
 
 
-def test_a_policy_of_several_parts_is_not_predicted(capsys):
-    assert cli.main(["plan", "world_captioner", "--gpus", "H200"]) == 0
-    assert "not predicted: a policy" in capsys.readouterr().out
+def test_the_command_says_how_long_answers_are_taken_to_be(capsys):
+    assert cli.main(["plan", "world_captioner", "--answer", "0.5", "--read", "33", "--gpus", "H200"]) == 0
+    assert "6 tokens, 0.5 of the limit; 33 are read before (--read)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--gpus", "8xH20"], ["--gpus", "x"]])
 def test_a_bad_device_ends_the_command(words, capsys):
     assert cli.main(["plan", "quickstart", *words]) == 1
     assert "error: --gpus: no device named" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- what is published
+
+CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
+
+
+def test_encoders_have_the_parameters_of_their_configurations():
+    import transformers
+
+    def count(kind, settings):
+        with torch.device("meta"):
+            net = kind(settings)
+        return sum(one.numel() for one in {id(one): one for one in net.parameters()}.values())
+
+    small = transformers.CLIPTextConfig(**CLIP, hidden_size=768, intermediate_size=3072, projection_dim=768)
+    assert count(transformers.CLIPTextModelWithProjection, small) == pytest.approx(plan_sizes.CLIP_L, rel=1e-4)
+    big = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    large = transformers.CLIPTextConfig(**CLIP, **big, projection_dim=1280)
+    assert count(transformers.CLIPTextModelWithProjection, large) == pytest.approx(plan_sizes.CLIP_BIGG, rel=1e-4)
+    xxl = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    t5 = transformers.T5Config(vocab_size=32128, **xxl, feed_forward_proj="gated-gelu")
+    assert count(transformers.T5EncoderModel, t5) == pytest.approx(plan_sizes.T5_XXL, rel=1e-4)
+    seeing = plan_words.writer(plan_words.WRITERS["Qwen/Qwen2.5-VL-7B-Instruct"])
+    assert sum(one.numel() for one in seeing.parameters()) == pytest.approx(plan_sizes.QWEN_VL, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243e9),  # 2.47 with the table of positions, which does not learn
+        ("black-forest-labs/FLUX.1-dev", 11.9e9),
+        ("black-forest-labs/FLUX.1-Kontext-dev", 11.9e9),
+        ("Qwen/Qwen-Image", 20.4e9),
+        ("Alpha-VLLM/Lumina-Image-2.0", 2.6e9),
+        ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers", 17.4e9),
+        ("jdopensource/JoyAI-Image-Edit-Diffusers", 16.3e9),
+        ("Tongyi-MAI/Z-Image", 6.15e9),
+    ],
+)
+def test_published_networks_have_the_parameters_of_their_cards(name, parameters):
+    net = plan_sizes.built(plan_sizes.PUBLISHED[name].config())
+    assert sum(one.numel() for one in net.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1.54e9),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3.75e9),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8.77e9),
+    ],
+)
+def test_published_language_models_have_the_parameters_of_their_cards(name, parameters):
+    net = plan_words.writer(plan_words.WRITERS[name])
+    assert sum(one.numel() for one in net.parameters()) == pytest.approx(parameters, rel=0.005)
+
+
+def test_layers_that_make_queries_keys_and_values_at_once_have_an_attention():
+    backbone = registry.build("backbones", "joyimage_edit", {"size": [1024, 1024]}, "policy.backbone")
+    size = plan_sizes.size_of(backbone, reads_source=True)
+    assert (size.layers, size.width, size.tokens) == (40, 4096, 2 * 64**2 + 1024)
+    per_layer = 4096 * 3 * 4096 + 4096 * 4096 + 8 * 4096 * 4096  # the same for both streams
+    expected = 2 * 40 * per_layer * size.tokens + 4 * 40 * size.tokens**2 * 4096
+    assert size.flops == pytest.approx(expected, rel=0.02)
+    assert size.trained(Lora(rank=2)) == 40 * 2 * 2 * (4096 + 3 * 4096 + 4096 + 4096)
+
+
+# ------------------------------------------------------------------------------------------- policies that write
+
+SPEAKER = plan_words.Words(
+    "a toy", 1000.0, layers=2, heads=10, kept=6, saved=50.0, width=10, body=400.0, head=100.0, vocabulary=7, linears={}
+)
+TALK = plan_answers.Conversation(read=20.0, said=10.0, replies=0.0, turns=1, pictures=0, words="")
+
+
+def spoken(told=TALK, engine=False, **changed):
+    given = {"rows": 8, "prompts": 2, "batch": 4, "number": 4} | changed
+    return plan_answers.Writing(SPEAKER, told, engine=engine, **given)
+
+
+def test_flops_of_a_language_model():
+    assert SPEAKER.flops(5, 1) == 2 * (400 * 5 + 100) + 4 * 2 * 10 * 25
+    assert SPEAKER.flops(1, 1, before=9) == 2 * 500 + 4 * 2 * 10 * 10
+
+
+def test_the_shipped_captioner_is_counted_as_torch_counts_it():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    backbone = registry.build("backbones", "tiny_captioner", {}, "policy.backbone")
+    words = plan_words.words_of(backbone)
+    model = backbone.load(torch.device("cpu"), torch.float32)
+    from rlkit.types import Prompt
+
+    (cond,) = model.encode([Prompt(id=0, text="", source=torch.rand(3, 32, 32))])
+    ids = cond["ids"][None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model.net, ids, torch.ones_like(ids, dtype=torch.bool), model.collate([cond]))
+    assert words.flops(ids.shape[1], ids.shape[1], 1) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert words.parameters == sum(one.numel() for one in model.net.parameters())
+    assert int((ids == model.picture).sum()) == words.picture
+
+
+def test_what_is_said_is_read_once_a_prompt_and_continued_a_token_at_a_time():
+    writes = spoken()
+    assert writes.reading == 2 * SPEAKER.flops(20, 1)
+    assert writes.saying == 8 * 10 * SPEAKER.flops(1, 1, before=25)
+
+
+def test_an_agent_reads_everything_again_and_vllm_what_is_new():
+    from dataclasses import replace
+
+    told = replace(TALK, replies=6.0, turns=2)  # the second turn: 20 + 5 + 3 tokens stand before, for 3 (half of 6)
+    again = spoken(told).reading - spoken(replace(told, turns=1)).reading
+    assert again == 8 * SPEAKER.flops(28, 1)
+    new = spoken(told, engine=True).reading - spoken(replace(told, turns=1)).reading
+    assert new == 8 * SPEAKER.flops(6, 1, before=22)
+
+
+def test_a_token_takes_as_long_as_its_memory_traffic():
+    slow = plan_devices.Device("toy", 1e30, 1e30, 1e9, 1e3, 1e5, efficiency=1.0)
+    keys = 4 * 25 * 6 * 2  # rows, tokens, values, layers
+    expected = 2 * 10 * 4 * (500 + keys) / (plan_answers.TRAFFIC * 1e3)  # two batches of ten tokens
+    assert spoken(engine=True).seconds(slow, 1e30) == pytest.approx(expected)
+    more = 2 * 10 * (4 * 2 * keys / (plan_answers.TRAFFIC * 1e3) + 2 * plan_answers.EAGER)
+    assert spoken().seconds(slow, 1e30) - expected == pytest.approx(more)
+    assert spoken().seconds(slow, 1e3) > 80 * 1.0  # and no less than its arithmetic
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ([], ["--answer", "0"], "--answer is a share above 0"),
+        ([], ["--answer", "1.5"], "--answer is a share above 0"),
+        ([], ["--read", "0"], "--read must be 1 token or more"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(changes, words, message, capsys):
+    assert cli.main(["plan", "world_captioner", *changes, *words, "--gpus", "H200"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def conversation_of(name, known, stage=0):
+    setup = recipe.read(name)
+    backbone = setup.policy.backbone or setup.policy.parts["captioner"]
+    words = plan_words.words_of(backbone)
+    return plan_answers.conversation(setup.stages[stage], backbone, words, known)
+
+
+def test_answers_are_as_long_as_the_recipe_lets_them():
+    found = conversation_of("world_captioner", plan_answers.Known())
+    assert (found.said, found.pictures, found.turns) == (12, 1, 1)
+    assert 16 < found.read < 40
+    half = conversation_of("world_captioner", plan_answers.Known(answer=0.5, read=30))
+    assert (half.read, half.said, half.total) == (30, 6, 36)
+
+
+def test_an_agent_speaks_in_turns_within_what_it_can_read():
+    found = conversation_of("world_agent_grpo", plan_answers.Known(read=100), stage=1)
+    assert (found.said, found.replies, found.turns) == (4 * 48, 0, 4)
+    full = conversation_of("world_agent_grpo", plan_answers.Known(), stage=1)
+    assert full.total == 512
+
+
+def predicted(name, *changes, gpus="H200", known=plan_stage.LIMITS):
+    setup = recipe.read(name, list(changes))
+    return plan_stage.predict(setup, plan_devices.machine(gpus), known)
+
+
+def test_calls_of_a_policy_that_writes_are_a_runs():
+    (found,) = predicted("world_captioner", known=plan_answers.Known(answer=0.5))
+    assert found.calls.total == 256 * 6 + 256  # tokens, and rows that are learnt from
+    demonstrated, learnt = predicted("world_agent_grpo", known=plan_answers.Known(answer=0.25, read=100))
+    assert demonstrated.calls.total == 32 * 10 + 32  # the teacher's are not written; its pictures are drawn
+    assert "write" not in demonstrated.seconds
+    assert learnt.calls.total == 48 * 48 + 48 * 10 + 2 * 48  # with the reference's
+
+
+def test_each_stage_of_a_policy_of_parts_has_its_own_work():
+    cold, understanding, generation = predicted("world_unified")
+    assert cold.calls.total == 64 * 12 + 64 + 64 * 8 + 64  # captions, read again, drawn in eight steps, learnt from
+    assert understanding.calls.total == 192 * 12 + 192 + 192 * 2 * 8 + 2 * 192
+    assert understanding.size.learns == 128 * 425  # the output layer alone
+    assert generation.calls.trained == 192 * 2
+    assert generation.memory["others"] > 4e6  # the captioner's weights
+
+
+def test_logits_are_what_long_answers_take():
+    toys = toy(size=SPEAKER.row(30, 30, 0), sampled=0)
+    assert toys.memory["logits"] == 30 * 7 * (3 * 4 * 3 + 12)
+    assert toys.memory["activations"] == 3 * 30 * 4 * 2 * 50
+    assert "logits" not in toy(size=SPEAKER.row(30, 1, 0)).memory
+    assert toy(size=SPEAKER.row(30, 30, 0), cached=5).memory["cache"] == 5 * 30 * 6 * 2 * 4
+
+
+def test_vllm_takes_its_share_and_an_engine_has_one_learner():
+    changes = ["stages.main.rollout={name:vllm,most:12}", "stages.main.algorithm.importance=truncate"]
+    (alone,) = predicted("world_captioner", *changes)
+    assert alone.memory["engine"] == 0.4 * plan_devices.DEVICES["H200"].memory
+    assert not alone.advice
+    (several,) = predicted("world_captioner", *changes, gpus="8xH200")
+    assert several.advice == (plan_stage.SERVERS,)
+    (served,) = predicted("world_captioner", *changes, "stages.main.rollout.urls=[http://a]", gpus="8xH200")
+    assert "engine" not in served.memory
+    assert not served.advice
+    assert alone.calls.compared == 256  # the trainer's own log-probs
+
+
+def test_whom_an_algorithm_would_ask_is_not_opened():
+    _, learnt = predicted("world_agent_sdl", "stages.rl.algorithm.embedding={name:model,path:/nowhere}")
+    assert learnt.calls.trained == 48
+
+
+def test_a_language_model_of_which_nothing_is_known_is_refused():
+    with pytest.raises(RecipeError, match=r"nothing tells how large some/where is.*Qwen/Qwen3-VL-8B-Instruct"):
+        plan_words.words_of(registry.build("backbones", "qwen", {"path": "some/where"}, "policy.backbone"))
+
+
+# ------------------------------------------------------------------------------------------------ what docs say
+
+
+def rows_of_docs(name):
+    """(devices, stage, GB, seconds, hours) of the rows that name a recipe and a stage."""
+    text = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    cells = [[one.strip() for one in line.strip("|").split("|")] for line in text.splitlines() if f"| `{name}`" in line]
+    return [(int(one[1]), one[0].rpartition(" ")[2], *map(float, (one[2], one[5], one[7]))) for one in cells]
+
+
+def test_the_table_is_what_the_command_gives():
+    rows = rows_of_docs("genevolve")
+    assert len(rows) == 4
+    known = plan_answers.Known(answer=0.1, read=6144)
+    for devices in {row[0] for row in rows}:
+        found = {one.stage: one for one in predicted("genevolve", gpus=f"{devices}xH200", known=known)}
+        for _, stage, memory, seconds, hours in (row for row in rows if row[0] == devices):
+            assert found[stage].total / 1e9 == pytest.approx(memory, abs=1)
+            assert found[stage].step_seconds == pytest.approx(seconds, rel=0.02)
+            assert found[stage].hours == pytest.approx(hours, rel=0.02)
