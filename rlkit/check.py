@@ -105,6 +105,7 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
         updates = rows // stage.learner.batch * stage.learner.epochs
         learner = f"{rows:,} rows a step, {updates} x {learner}"
     evaluate = stage.evaluate
+    count = evaluate.held_out if evaluate.every else evaluate.ends or evaluate.held_out
     often = f"every {evaluate.every} steps" if evaluate.every else "first and last"
     ends = f", {evaluate.ends} first and last" if evaluate.ends and evaluate.every else ""
     data = plain["data"]["name"]
@@ -117,7 +118,7 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
             for reward in stage.rewards
         ),
         "learner": learner,
-        "evaluate": f"{evaluate.held_out} held-out pictures {often}{ends}",
+        "evaluate": f"{count} held-out pictures {often}{ends}",
     }
     if not stage.total.plain:
         gates = "".join(f"; at most {gate.at_most:g} when {gate.when}" for gate in stage.total.gates)

@@ -255,6 +255,14 @@ def test_check_says_what_a_recipe_would_do(capsys):
     assert text.endswith("ok\n")
 
 
+def test_check_counts_the_pictures_that_are_drawn(capsys):
+    ends = ["stages.main.evaluate.ends=512", "stages.main.evaluate.held_out=64"]
+    assert cli.main(["check", "quickstart", *ends, "stages.main.evaluate.every=0"]) == 0
+    assert "512 held-out pictures first and last\n" in capsys.readouterr().out
+    assert cli.main(["check", "quickstart", *ends, "stages.main.evaluate.every=5"]) == 0
+    assert "64 held-out pictures every 5 steps, 512 first and last" in capsys.readouterr().out
+
+
 def test_check_gives_the_whole_recipe_as_json(capsys):
     assert cli.main(["check", "quickstart", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe.read("quickstart").recipe
