@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from rlkit.world.grammar import COLOURS, Caption, Object, parse
+from rlkit.world.obeys import goals
 from rlkit.world.scenes import CANVAS, CROWDED_RADII, PALETTE, RADII, SIZE, Item, render_scenes
 
 if TYPE_CHECKING:
-    from rlkit.types import Samples
+    from collections.abc import Sequence
+
+    from rlkit.types import Prompt, Samples
 
 _OFFSETS = torch.from_numpy(PALETTE - CANVAS)  # [colours, 3] from the background
 _STRENGTHS = _OFFSETS.norm(dim=1)  # [colours]
@@ -32,13 +35,17 @@ class ColourArea:
     It can be fooled, knowingly: any blot of the right size and colour is as good as a circle, left is as good as right,
     and two halves make a whole. Train on it, and judge by `composition`.
 
+    Of an edit, which is no caption, the objects are those that there should be in the end: it is told what to see, and
+    not what was there.
+
     temperature: the width of the transitions between colours; smaller is closer to the checker, and has less gradient.
-    NaN, that is not scored, where a prompt is no caption.
+    NaN, that is not scored, where a prompt is neither a caption nor an edit of its source.
     """
 
     temperature: float = 0.1
 
     reads = ("prompt",)
+    optional = ("source",)
     range = (0.0, 1.0)
     higher_is_better = True
     components = ()
@@ -47,7 +54,7 @@ class ColourArea:
     licence = "Apache-2.0"
     size = "none"
     protocol = "this repository"
-    version = "1"
+    version = "2"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -55,7 +62,7 @@ class ColourArea:
 
     def __call__(self, samples: Samples) -> Tensor:
         found = areas(samples.media, self.temperature)  # [N, colours]
-        captions = [_caption(prompt.text) for prompt in samples.prompts]
+        captions = _wanted(samples.prompts)
         nothing = torch.zeros(2, len(COLOURS))  # not NaN: its gradient would be NaN for all, 0 times NaN being NaN
         bounds = [nothing if caption is None else expected(caption, self.temperature) for caption in captions]
         low, high = torch.stack([nothing, *bounds])[1:].to(found).unbind(1)  # [N, colours] both
@@ -65,11 +72,21 @@ class ColourArea:
         return torch.where(known, values, torch.nan)
 
 
+def _wanted(prompts: Sequence[Prompt]) -> list[Caption | None]:
+    """What each prompt wants to see; None for one from elsewhere: nothing here can say whether a picture fits it."""
+    found = [_caption(prompt.text) for prompt in prompts]
+    edits = [row for row, prompt in enumerate(prompts) if found[row] is None and prompt.source is not None]
+    rows = [(prompts[row].text, cast(Tensor, prompts[row].source).detach().cpu().float().numpy()) for row in edits]
+    for row, caption in zip(edits, goals(rows), strict=True):
+        found[row] = caption
+    return found
+
+
 def _caption(text: str) -> Caption | None:
     try:
         return parse(text)
     except ValueError:
-        return None  # a prompt from elsewhere: nothing here can say whether the picture fits it
+        return None
 
 
 def areas(media: Tensor, temperature: float) -> Tensor:
@@ -87,7 +104,7 @@ def expected(caption: Caption, temperature: float) -> Tensor:
     crowded = caption.number > 2
     empty = _drawn((), temperature)
     objects = [_sizes(thing, crowded, temperature) - empty for thing in caption.targets]
-    return empty + torch.stack(objects).sum(0)
+    return torch.stack([empty.expand(2, -1), *objects]).sum(0)  # no objects after the last was removed
 
 
 @cache

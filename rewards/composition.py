@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from rlkit.embedding import unscorable_pictures
-from rlkit.world.obeys import Asked, check_asked
+from rlkit.world.obeys import Asked, check_asked, edit_parts
 
 if TYPE_CHECKING:
-    from rlkit.types import Prompt, Samples
+    from collections.abc import Sequence
 
-SCORES = ("strict", "graded", "mixed")
+    from rlkit.types import Prompt, Samples
+    from rlkit.world.checker import Verdict
+
+SCORES = ("strict", "graded", "mixed", "gated")
+EDIT_ALONE = 0.6  # what an edit is worth that was made, in a picture of which nothing else is as it was
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,25 @@ class Composition:
 
     score: 'strict' is 1 when every claim is true and nothing else is in the picture; 'graded' gives partial credit
     below .5; 'mixed' is their mean, so that a group without a fully true picture still has a signal. Report strict:
-    partial credit alone can look healthy in a picture that breaks a claim.
+    partial credit alone can look healthy in a picture that breaks a claim. 'gated' is for edits: execution x (0.6 +
+    0.4 consistency), as `vlm_judge` has it in the mode two_stage. `graded` pays as much for leaving all else as it was
+    as for the edit; here that alone is worth .25 at most, and nothing where an object was to come or to go.
 
     by: 'prompt' judges by what was asked for; 'caption' by the metadata `caption` of a prompt, which the world's task
     caption gives: what the source was drawn from, so that a picture which repeats the source is true.
 
-    Returns (values [N], {"strict": [N], "graded": [N]}); NaN, that is not scored, where a prompt asks for
-    nothing of this world, or the picture's pixels are not all finite.
+    Returns (values [N], {"strict": [N], "graded": [N]}), and with 'gated' "execution" and "consistency" too; NaN, that
+    is not scored, where a prompt asks for nothing of this world, or the picture's pixels are not all finite.
     """
 
     score: str = "mixed"
     by: Literal["prompt", "caption"] = "prompt"
 
-    reads = ("prompt",)
-    optional = ("source", "references")
+    reads = ("prompt",)  # an instance's own: with 'gated' the source too
+    optional = ("source", "references")  # so is this
     range = (0.0, 1.0)
     higher_is_better = True
-    components = ("strict", "graded")
+    components = ("strict", "graded", "execution", "consistency")  # and this: the last two with 'gated'
     groupwise = False
     licence = "Apache-2.0"
     size = "none"
@@ -56,6 +62,12 @@ class Composition:
             near = get_close_matches(self.score, SCORES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"score={self.score!r} is none of {', '.join(SCORES)}{hint}")
+        gated = self.score == "gated"
+        if gated and self.by == "caption":
+            raise ValueError("score='gated' judges edits, and by='caption' none: choose another score, or by='prompt'")
+        object.__setattr__(self, "reads", ("prompt", "source") if gated else ("prompt",))
+        object.__setattr__(self, "optional", () if gated else ("source", "references"))
+        object.__setattr__(self, "components", Composition.components[: None if gated else 2])
 
     def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         asked = [_asked(prompt) if self.by == "prompt" else _shown(prompt) for prompt in samples.prompts]
@@ -65,8 +77,19 @@ class Composition:
             verdicts[row] = None
         strict = torch.tensor([math.nan if one is None else one.strict for one in verdicts])
         graded = torch.tensor([math.nan if one is None else one.graded for one in verdicts])
-        values = {"strict": strict, "graded": graded, "mixed": (strict + graded) / 2}[self.score]
-        return values, {"strict": strict, "graded": graded}
+        parts = {"strict": strict, "graded": graded}
+        if self.score == "gated":
+            execution, consistency = _of_edits(verdicts)
+            parts |= {"execution": execution, "consistency": consistency}
+            return execution * (EDIT_ALONE + (1 - EDIT_ALONE) * consistency), parts
+        return {**parts, "mixed": (strict + graded) / 2}[self.score], parts
+
+
+def _of_edits(verdicts: Sequence[Verdict | None]) -> tuple[Tensor, Tensor]:
+    """Execution and consistency, [N] both; NaN where no edit was asked for."""
+    parts = [edit_parts(one.clauses) if one and "edit" in one.clauses else (math.nan, math.nan) for one in verdicts]
+    execution, consistency = torch.tensor(parts, dtype=torch.float32).reshape(-1, 2).unbind(1)
+    return execution, consistency
 
 
 def _shown(prompt: Prompt) -> Asked:

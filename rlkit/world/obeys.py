@@ -7,8 +7,8 @@ is needed. A caption takes part too, as an instruction without pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from rlkit.world import grammar
 from rlkit.world.checker import CAP, PARTIAL_MATCH, UNKNOWN, Detection, Verdict, detect_batch, judge
-from rlkit.world.grammar import Object
+from rlkit.world.grammar import Caption, Object
 from rlkit.world.instructions import Edit, Example, parse_edit, parse_put
 from rlkit.world.scenes import render_scenes
 
@@ -95,11 +95,51 @@ def judge_edit(found: Sequence[Detection], source: Sequence[Detection], edit: Ed
             free.remove(match)
     wanted = len(kept) + (edit.kind != "remove")
     clauses["number"] = 1 - abs(len(found) - wanted) / max(len(found), wanted, 1)
-    others = sum(clauses.values()) / len(clauses)
     clauses["edit"] = _edited(free, thing, edit)
     if all(score == 1 for score in clauses.values()):
         return Verdict(1.0, 1.0, clauses)
-    return Verdict(0.0, CAP * (clauses["edit"] + others) / 2, clauses)
+    return Verdict(0.0, CAP * sum(edit_parts(clauses)) / 2, clauses)
+
+
+def edit_parts(clauses: Mapping[str, float]) -> tuple[float, float]:
+    """(execution, consistency), by an edit's clauses: was it made, and is all else as it was? The second is the mean of
+    the clauses but 'edit'; an object too many or too few is counted there, also one that was to be added or removed."""
+    others = [score for name, score in clauses.items() if name != "edit"]
+    return clauses["edit"], sum(others) / len(others)
+
+
+def goals(rows: Sequence[tuple[str, npt.NDArray[Any]]]) -> list[Caption | None]:
+    """What there should be after each edit, (its text, the source): a caption of the objects, wherever they are.
+
+    None where the text is no edit of this source. It says 'several', which no text of the grammar does.
+    """
+    edits = [_edit(text) for text, _ in rows]
+    sources = [source for (_, source), edit in zip(rows, edits, strict=True) if edit]
+    shown = iter(detect_batch(np.stack(sources)) if sources else [])
+    wanted: list[Caption | None] = []
+    for edit in edits:
+        try:
+            wanted.append(None if edit is None else goal(next(shown), edit))
+        except ValueError:
+            wanted.append(None)
+    return wanted
+
+
+def _edit(text: str) -> Edit | None:
+    try:
+        return parse_edit(text)
+    except ValueError:
+        return None
+
+
+def goal(source: Sequence[Detection], edit: Edit) -> Caption:
+    """A caption of the objects found in a source, with this edit made. ValueError where one of them is not known."""
+    thing = None if edit.kind == "add" else _meant(source, edit)
+    kept = [(one.colour, one.shape) for one in source if one is not thing]
+    if any(UNKNOWN in one for one in kept) or (thing and thing.colour == UNKNOWN):
+        raise ValueError(f"{edit.text!r}: the source shows an object that is not known")
+    told = edit if thing is None else replace(edit, thing=(thing.colour, thing.shape))
+    return Caption("several", (*kept, *([told.result] if told.result else [])))
 
 
 def _meant(source: Sequence[Detection], edit: Edit) -> Detection:

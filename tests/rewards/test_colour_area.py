@@ -143,6 +143,45 @@ def test_it_sees_neither_shapes_nor_places() -> None:
     assert Composition("strict")(samples)[0].tolist() == [0, 0, 0]
 
 
+def test_of_an_edit_it_is_told_the_goal() -> None:
+    circle, square = Item("red", "circle", 9, 9, 5), Item("blue", "square", 22, 22, 5)
+    green, blue = replace(circle, colour="green"), Item("blue", "circle", 22, 9, 4.5)
+    cases: list[tuple[str, tuple[Item, ...], bool]] = [
+        ("make the circle green", (green, square), True),
+        ("make the circle green", (square, green), True),
+        ("make the circle green", (circle, square), False),
+        ("remove the square", (circle,), True),
+        ("remove the square", (circle, square), False),
+        ("add a blue circle", (circle, square, blue), True),
+        ("add a blue circle", (circle, square), False),
+    ]
+    texts = [text for text, _, _ in cases]
+    source = torch.from_numpy(render_scenes([(circle, square)]))[0]
+    samples = samples_of(torch.from_numpy(render_scenes([made for _, made, _ in cases])), texts)
+    prompts = tuple(Prompt(row, text, source=source) for row, text in enumerate(texts))
+    values = ColourArea()(replace(samples, prompts=prompts))
+    for value, (text, _, right) in zip(values.tolist(), cases, strict=True):
+        assert (value > 0.95) == right, text
+    assert ColourArea()(samples).isnan().all(), "an edit of nothing"
+
+
+def test_a_caption_beside_a_source_is_a_caption() -> None:
+    """As where a picture is put into words, and the words into a picture."""
+    samples = samples_of(torch.from_numpy(render_scenes([(Item("red", "circle", 9, 9, 5),)])), ["a red circle"])
+    told = replace(samples, prompts=(Prompt(0, "a red circle", source=torch.zeros(3, 64, 64)),))
+    assert torch.equal(ColourArea()(told), ColourArea()(samples))
+
+
+def test_of_the_last_object_removed_there_is_nothing_to_see() -> None:
+    item = Item("red", "circle", 9, 9, 5)
+    source, empty = torch.from_numpy(render_scenes([(item,), ()]))
+    prompts = (Prompt(0, "remove the circle", source=source),) * 2
+    samples = samples_of(torch.stack([empty, source]), ["remove the circle"] * 2)
+    gone, there = ColourArea()(replace(samples, prompts=prompts)).tolist()
+    assert gone > 0.99
+    assert there < 0.3
+
+
 def test_prompts_from_elsewhere_are_not_scored_and_spoil_no_gradient() -> None:
     _, media = drawn(3)
     values, gradient = with_gradient(samples_of(media, ["a photo of a dog", "two cyan crosses", ""]))

@@ -87,7 +87,41 @@ def test_a_picture_is_judged_by_itself() -> None:
 def test_no_samples_and_what_it_declares() -> None:
     values, components = Composition()(samples_of(torch.zeros(0, 3, 32, 32), []))
     assert values.shape == (0,)
-    assert tuple(components) == Composition.components
+    assert tuple(components) == tuple(Composition().components) == ("strict", "graded")
+    values, components = Composition("gated")(samples_of(torch.zeros(0, 3, 32, 32), []))
+    assert values.shape == (0,)
+    assert tuple(components) == Composition("gated").components == Composition.components
+
+
+def test_gated_is_of_edits() -> None:
+    """A caption asks for no edit: the score of edits has no number for it, and says that it needs a source."""
+    values, components = Composition("gated")(made([TRUE], [TRUE]))
+    assert values.isnan().all()
+    assert components["execution"].isnan().all()
+    assert components["strict"].tolist() == [1]
+    assert list(Composition("gated").reads) == ["prompt", "source"]
+    assert list(Composition("gated").optional) == []
+    assert Composition("mixed").reads == Composition.reads == ("prompt",)
+    with pytest.raises(ValueError, match="score='gated' judges edits, and by='caption' none"):
+        Composition("gated", by="caption")
+
+
+def test_an_edit_is_gated_by_its_execution() -> None:
+    examples = instructions.draw("edit", "train", 64, np.random.default_rng(3))
+    sources, answers = (
+        torch.from_numpy(render_scenes(scenes))
+        for scenes in ([one.shown[0] for one in examples], [one.answer for one in examples])
+    )
+    prompts = tuple(Prompt(row, one.text, source=sources[row]) for row, one in enumerate(examples))
+    samples = replace(samples_of(answers, [one.text for one in examples]), prompts=prompts)
+    values, components = Composition("gated")(samples)
+    assert values.tolist() == [1] * 64
+    assert components["consistency"].tolist() == [1] * 64
+    nothing_done, parts = Composition("gated")(replace(samples, media=sources))
+    come_or_go = torch.tensor([one.kind in ("add", "remove") for one in examples])
+    assert nothing_done[come_or_go].tolist() == [0] * int(come_or_go.sum())
+    assert nothing_done[~come_or_go].tolist() == [0.25] * int((~come_or_go).sum())
+    assert (parts["consistency"][~come_or_go] == 1).all()
 
 
 def test_pictures_of_another_size_are_an_error() -> None:
@@ -98,7 +132,7 @@ def test_pictures_of_another_size_are_an_error() -> None:
 def test_a_bad_score_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"score='strickt' is none of .*did you mean 'strict'\?"):
         Composition(score="strickt")
-    with pytest.raises(ValueError, match=r"strict, graded, mixed$"):
+    with pytest.raises(ValueError, match=r"strict, graded, mixed, gated$"):
         Composition(score="zzz")
 
 

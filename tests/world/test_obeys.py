@@ -8,8 +8,9 @@ import pytest
 
 from rlkit.world import instructions
 from rlkit.world.checker import CAP, Verdict, detect
+from rlkit.world.grammar import Caption
 from rlkit.world.instructions import TASKS, parse_edit
-from rlkit.world.obeys import MOVED, Asked, asked, check_asked, judge_edit
+from rlkit.world.obeys import MOVED, Asked, asked, check_asked, edit_parts, goal, goals, judge_edit
 from rlkit.world.scenes import FloatArray, Item, render_scenes
 
 CIRCLE = Item("red", "circle", 9.0, 9.0, 5.0)
@@ -160,3 +161,53 @@ def test_an_edit_of_detections() -> None:
     assert judge_edit(detect(picture(SQUARE)), source, parse_edit("remove the circle")).strict == 1
     with pytest.raises(ValueError, match="0 objects of the source are meant"):
         judge_edit(source, source, parse_edit("remove the cross"))
+
+
+def test_execution_and_consistency_of_an_edit() -> None:
+    both, green = (CIRCLE, SQUARE), replace(CIRCLE, colour="green")
+    alone = edited(green, source=both, text="make the circle green")
+    assert edit_parts(alone.clauses) == (1, 0.25)  # the square is lost: 'kept 1' is 0, 'number' 1/2
+    assert alone.graded == CAP * sum(edit_parts(alone.clauses)) / 2
+    assert edit_parts(edited(*both, source=both, text="make the circle green").clauses) == (0.25, 1)
+    assert edit_parts(edited(source=both, text="remove the circle").clauses) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("make the circle green", (("blue", "square"), ("green", "circle"))),
+        ("turn the red circle into a cross", (("blue", "square"), ("red", "cross"))),
+        ("remove the square", (("red", "circle"),)),
+        ("add a cyan cross", (("blue", "square"), ("red", "circle"), ("cyan", "cross"))),
+        ("remove the cross", None),
+        ("make the red square green", None),
+        ("a red circle", None),
+        ("a watercolour of a fox", None),
+    ],
+)
+def test_the_goal_of_an_edit(text: str, objects: tuple[tuple[str, str], ...] | None) -> None:
+    right = ("remove the circle", picture(CIRCLE))
+    found, nothing, after = goals([(text, picture(CIRCLE, SQUARE)), ("make it", picture(CIRCLE)), right])
+    assert (found and sorted(found.targets)) == (objects and sorted(objects))
+    assert nothing is None
+    assert after == Caption("several", ()), "the pictures of other rows are not taken for this one's"
+
+
+def test_the_goal_has_what_every_answer_shows() -> None:
+    rows = examples("edit", 6, 300)
+    wanted = goals([(one.text, picture(*one.shown[0])) for one in rows])
+    for one, caption in zip(rows, wanted, strict=True):
+        assert caption is not None
+        assert sorted(caption.targets) == sorted((item.colour, item.shape) for item in one.answer)
+    assert goals([]) == []
+
+
+def test_a_goal_is_not_guessed_where_the_source_shows_what_is_not_known() -> None:
+    shown = detect(picture(CIRCLE, SQUARE))
+    strange = [replace(one, shape="unknown") if one.shape == "square" else one for one in shown]
+    with pytest.raises(ValueError, match="the source shows an object that is not known"):
+        goal(strange, parse_edit("remove the circle"))
+
+
+def test_a_source_of_another_size_matters_only_to_an_edit() -> None:
+    assert goals([("a photo of a fox", np.zeros((3, 64, 96), dtype=np.float32))]) == [None]
