@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlkit.world.grammar import COLOURS, Caption, Object, parse
-from rlkit.world.obeys import goals
+from rlkit.world.obeys import EDITED, goals
 from rlkit.world.scenes import CANVAS, CROWDED_RADII, PALETTE, RADII, SIZE, Item, render_scenes
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class ColourArea:
     version = "2"
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, not {self.temperature}: a step has no gradient")
 
     def __call__(self, samples: Samples) -> Tensor:
@@ -101,16 +102,17 @@ def areas(media: Tensor, temperature: float) -> Tensor:
 @cache
 def expected(caption: Caption, temperature: float) -> Tensor:
     """[2, colours]: the soft areas of the caption's objects, drawn smallest and largest."""
-    crowded = caption.number > 2
+    radii = CROWDED_RADII if caption.number > 2 else RADII
+    if caption.kind == EDITED:  # what is kept has the size that it had among more objects, or fewer
+        radii = CROWDED_RADII[0], RADII[1]
     empty = _drawn((), temperature)
-    objects = [_sizes(thing, crowded, temperature) - empty for thing in caption.targets]
+    objects = [_sizes(thing, radii, temperature) - empty for thing in caption.targets]
     return torch.stack([empty.expand(2, -1), *objects]).sum(0)  # no objects after the last was removed
 
 
 @cache
-def _sizes(thing: Object, crowded: bool, temperature: float) -> Tensor:
+def _sizes(thing: Object, radii: tuple[float, float], temperature: float) -> Tensor:
     """[2, colours]: one object in the middle of a picture, smallest and largest."""
-    radii = CROWDED_RADII if crowded else RADII
     return torch.cat([_drawn((Item(*thing, SIZE / 2, SIZE / 2, radius),), temperature) for radius in radii])
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlkit.world.checker import Verdict
 
 SCORES = ("strict", "graded", "mixed", "gated")
+OF_EDITS = ("execution", "consistency")
 EDIT_ALONE = 0.6  # what an edit is worth that was made, in a picture of which nothing else is as it was
 
 
@@ -50,7 +51,7 @@ class Composition:
     optional = ("source", "references")  # so is this
     range = (0.0, 1.0)
     higher_is_better = True
-    components = ("strict", "graded", "execution", "consistency")  # and this: the last two with 'gated'
+    components = ("strict", "graded")  # and this: with 'gated' four
     groupwise = False
     licence = "Apache-2.0"
     size = "none"
@@ -67,7 +68,7 @@ class Composition:
             raise ValueError("score='gated' judges edits, and by='caption' none: choose another score, or by='prompt'")
         object.__setattr__(self, "reads", ("prompt", "source") if gated else ("prompt",))
         object.__setattr__(self, "optional", () if gated else ("source", "references"))
-        object.__setattr__(self, "components", Composition.components[: None if gated else 2])
+        object.__setattr__(self, "components", Composition.components + (OF_EDITS if gated else ()))
 
     def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         asked = [_asked(prompt) if self.by == "prompt" else _shown(prompt) for prompt in samples.prompts]

@@ -57,7 +57,7 @@ class Mirrors:
         trackio: bool = False,
     ) -> None:
         self._say = say
-        self._several = len(config.get("stages") or {}) > 1
+        self._several = len((config.get("run") or {}).get("order") or config.get("stages") or {}) > 1
         self._open: dict[str, Mirror] = {}
         run = _wandb(wandb, folder, config, say)
         if run is not None:

@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> int:
     setup = recipe.read(name, changes)
     machine = plan_devices.machine(options.gpus, setup.options.threads)
     predictions = plan_stage.predict(setup, machine, known)
+    if known != plan_answers.Known() and not any(one.answers for one in predictions):
+        what = "no stage of this recipe writes."
+        raise RecipeError(what, where="--answer and --read", hint="Leave them out.")
     print(
         json.dumps(described(setup, machine, predictions), indent=2)
         if options.json

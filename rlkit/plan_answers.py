@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlkit import registry
-from rlkit.errors import DataError
+from rlkit.errors import DataError, RecipeError
 from rlkit.plan_devices import Device
 from rlkit.plan_words import Words
 from rlkit.stages import Stage
@@ -80,6 +80,9 @@ def conversation(stage: Stage, backbone: Any, words: Words, known: Known) -> Con
     replies = 0.0 if known.read is not None else (turns - 1) * getattr(whole, "observation", 0) / LETTERS
     of_kind = getattr(inspect.getmodule(type(backbone)), "LONGEST", math.inf)
     longest = float(getattr(backbone, "longest", None) or of_kind)
+    if known.read is not None and known.read >= longest:
+        what = f"{known.read:,} tokens leave no room for an answer: a row of stage {stage.name!r} has {longest:,.0f}."
+        raise RecipeError(what, where="--read", hint="Say fewer, or raise policy.backbone.longest where there is one.")
     room = max(1.0, longest - first)
     said = min(room, turns * writer.most * known.answer)
     origin = "--read" if known.read is not None else "counted" if found is not None else "assumed: see --read"

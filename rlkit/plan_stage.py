@@ -174,7 +174,10 @@ def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Wor
         "draw": drawn.rows * drawn.flops / machine.count / speed,
     }
     samples = stage.data.per_step * stage.data.group
-    evaluations = sum(seconds.values()) / samples * _evaluated(stage)
+    shows = _writing(setup, stage, machine, words, told, acts, always=True)  # each prompt has an answer of its own
+    said = shows.seconds(machine.device, speed) + (shows.rows * words.flops(told.said, 1) / speed if parts else 0.0)
+    each = said / (samples if acts else stage.data.per_step) + seconds["draw"] / samples
+    evaluations = each * _evaluated(stage)
     # Devices that have one conversation less than the busiest wait, and compute nothing.
     written = (samples if acts else stage.data.per_step) if writes.rows else 0
     flops = (writes.reading + writes.saying + heard) * written / max(1, writes.rows) + drawn.rows * drawn.flops
@@ -207,12 +210,23 @@ def _speed(setup: Setup, device: Device) -> float:
     return (device.bf16 if setup.options.precision == "bf16" else device.fp32) * device.efficiency
 
 
-def _writing(setup: Setup, stage: Stage, machine: Machine, words: Words, told: Conversation, acts: bool) -> Writing:
-    """What one device writes in a step: an answer a sample, one a prompt for a generator to draw, no demonstration."""
+def _writing(
+    setup: Setup,
+    stage: Stage,
+    machine: Machine,
+    words: Words,
+    told: Conversation,
+    acts: bool,
+    always: bool = False,
+) -> Writing:
+    """What one device writes in a step: an answer a sample, one a prompt for a generator to draw, no demonstration.
+
+    always: where demonstrations are handed out too, as an evaluation writes.
+    """
     _, entry = writer_of(stage.rollout)
     prompts = math.ceil(stage.data.per_step / machine.count)
     rows = math.ceil(stage.data.per_step * stage.data.group / machine.count) if acts else prompts
-    rows = 0 if getattr(stage.rollout, "agent", None) is not None else rows
+    rows = 0 if getattr(stage.rollout, "agent", None) is not None and not always else rows
     engine = getattr(entry, "gpu_share", None) is not None
     batch = entry.sequences if engine else entry.batch or max(rows, 1)
     number = 2 if setup.options.precision == "bf16" else 4

@@ -76,10 +76,10 @@ def resolve(recipe: Mapping[str, Any]) -> Setup:
     built = [_stage(str(name), stage, tuple(policy.parts)) for name, stage in stages.items() if stage is not None]
     if not built:
         raise RecipeError("a recipe needs a stage.", where="stages", hint="One alone is called main.")
-    ways = recipe_parts.trained(tuple(policy.parts), {stage.name: stage.train for stage, _ in built})
+    order = recipe_course.arranged([stage for stage, _ in built], options.order)
+    ways = recipe_parts.trained(tuple(policy.parts), {stage.name: stage.train for stage in order})
     policy = dataclasses.replace(policy, train=ways)
     plain = {"run": _plain(options), "policy": plain_policy, "stages": {stage.name: one for stage, one in built}}
-    order = recipe_course.arranged([stage for stage, _ in built], options.order)
     return Setup(options=options, policy=policy, stages=order, recipe=plain)
 
 

@@ -20,9 +20,7 @@ def check(setup: Setup) -> None:
     """RecipeError for a stage that cannot end as it says, or cannot begin where the one before ended."""
     before: Stage | None = None
     for stage in setup.stages:
-        if setup.policy.parts and stage.also:
-            hint = "Leave it out: a policy of several parts evaluates the stage that it is in."
-            raise RecipeError("is for policies of one network.", where=f"stages.{stage.name}.evaluate.also", hint=hint)
+        _check_also(setup, stage)
         _check_ending(stage, setup.recipe["stages"][stage.name]["expect"])
         _check_carry(stage, before)
         before = stage
@@ -74,7 +72,8 @@ def left_out(recipe: Mapping[str, Any], begin: str | None, only: str | None) -> 
     recipe: composed. The first stage that is left has nothing to take over.
     """
     stages, order = recipe["stages"], (recipe.get("run") or {}).get("order")
-    names = [str(name) for name, stage in stages.items() if stage is not None] if order is None else list(order)
+    known = [str(name) for name, stage in stages.items() if stage is not None]
+    names = known if order is None or only is not None else list(order)
     first = begin if only is None else only
     if first is None:
         return []
@@ -96,6 +95,22 @@ def measured(stage: Stage) -> tuple[str, ...] | None:
         return None
     components: Mapping[str, Any] = {f"{name}/{part}": None for name, parts in own.items() for part in parts or ()}
     return ("reward", *(names if len(names) > 1 else ()), *(column_of(one, components) for one in components))
+
+
+def _check_also(setup: Setup, stage: Stage) -> None:
+    where = f"stages.{stage.name}.evaluate.also"
+    if stage.also and setup.policy.parts:
+        hint = "Leave it out: a policy of several parts evaluates the stage that it is in."
+        raise RecipeError("is for policies of one network.", where=where, hint=hint)
+    if stage.also and not (stage.evaluate.ends or stage.evaluate.held_out):
+        hint = f"Set stages.{stage.name}.evaluate.held_out."
+        raise RecipeError("is made with the stage's own evaluations, and there are none.", where=where, hint=hint)
+    for one in stage.also:
+        if one.rollout != stage.rollout and any(getattr(two.rollout, "single", False) for two in (one, stage)):
+            what = f"the rollout of {one.name!r} would start beside this stage's, and of its kind there can be one."
+            raise RecipeError(
+                what, where=where, hint=f"Give stages.{one.name}.rollout the same options, or leave it out."
+            )
 
 
 def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
@@ -123,11 +138,12 @@ def _check_measured(stage: Stage, metric: str, where: str) -> None:
     into."""
     from rlkit.tracking import HELD_OUT
 
-    known = measured(stage)
-    if known is None:
-        return
     name = metric.removeprefix(HELD_OUT).removesuffix("_se")
-    if name not in known and name.rpartition("/")[0] not in known:
+    if name.rpartition("/")[2] in {one.name for one in stage.also}:
+        what = f"{metric!r} is measured at the two ends of stage {stage.name!r} alone: nothing could end it by that."
+        raise RecipeError(what, where=where, hint=f"Name one of the stage's own, such as {HELD_OUT}reward.")
+    known = measured(stage)
+    if known is not None and name not in known and name.rpartition("/")[0] not in known:
         what = f"no evaluation of stage {stage.name!r} gives {metric!r}.{nearest(name, known)}"
         raise RecipeError(what, where=where, hint=f"It gives: {', '.join(HELD_OUT + one for one in known)}.")
 

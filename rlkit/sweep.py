@@ -55,6 +55,10 @@ def _seeds(word: str) -> tuple[int, ...]:
 
 def run(options: argparse.Namespace) -> int:
     """0 when every trial finished or was stopped early, 1 when one failed, 130 after Ctrl+C."""
+    for word in options.show:
+        if sources.is_override(word):
+            hint = "Write the changes first: rlkit sweep FILE key=value --show METRIC"
+            raise RecipeError(f"{word!r} is a change and no metric.", where="--show", hint=hint)
     sweep, board = _again(options) if options.resume else _new(options)
     crew = Crew.of(options.workers, sweep.processes)
     waiting = [one for one in board.trials.values() if one.state in OPEN]

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data import PromptBatch
 from rlkit.dist import Processes
-from rlkit.errors import DistributedError, LossError, RlkitError
+from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
 from rlkit.held_out import of_one_size, of_others, showing, under
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner
@@ -292,8 +292,13 @@ class Run:
         row |= describe_held_out(samples, scores, self.processes.gather)
         reached = restored is None and self.reached(row)
         if self.stage.also and (end or reached):
-            row |= under(self.stage.name, row) if self.stage.name in sizes.also else {}
-            row |= of_others(self.stage, self.policy, self.processes, self.setup.options, self.rollout)
+            more = of_others(self.stage, self.policy, self.processes, self.setup.options, self.rollout)
+            more |= under(self.stage.name, row) if self.stage.name in sizes.also else {}
+            if clash := sorted(row.keys() & more.keys()):
+                what = f"{clash[0]} is the score of a kind of this stage's prompts already."
+                where = f"stages.{self.stage.name}.evaluate.also"
+                raise RecipeError(what, where=where, hint="Give that stage another name.")
+            row |= more
         self.policy.calls = calls  # an evaluation's are not the next step's
         row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:

@@ -180,9 +180,11 @@ class OfflineWorker:
         """End the engine and the process group that it made."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._do(self._network.llm_engine.engine_core.shutdown)
-        self._do(cleanup_dist_env_and_memory)
-        self._thread.shutdown()
+        try:
+            self._do(self._network.llm_engine.engine_core.shutdown)
+        finally:
+            self._thread.submit(cleanup_dist_env_and_memory)
+            self._thread.shutdown()
 
 
 __all__ = ["Offline", "OfflineWorker"]

@@ -79,6 +79,10 @@ class Agent:
             what = "nobody knows what an agent will be asked next before its tools have answered."
             raise RecipeError(what, where=f"{where}.ahead", hint="Set ahead: 0.")
 
+    @property
+    def single(self) -> bool:
+        return bool(getattr(self.built_writer(), "single", False))
+
     def built_writer(self) -> Any:
         options = dict(self.writer)
         return registry.build("rollouts", str(options.pop("name", "local")), options, "rollout.writer")

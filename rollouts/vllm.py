@@ -52,6 +52,7 @@ class VLLM:
     kind = "tokens"
     gives = ("log_prob",)
     extra = "vllm"
+    single = True  # in a process, or of the servers that it sends weights to
 
     most: int = 64  # tokens of an answer
     temperature: float = 1.0  # at which answers are sampled: a part of the policy, in training too

@@ -121,6 +121,76 @@ def test_names_of_stages_that_are_none(small_backbone: Path, case: str) -> None:
     assert error.value.where == where
 
 
+def test_a_score_that_two_things_have_is_refused(small_backbone: Path, tmp_path: Path) -> None:
+    """The world's captions have kinds, `single` among them, whose scores are named as those of a stage would be."""
+    values = described(small_backbone, ["edges"])
+    values["stages"]["single"] = values["stages"].pop("bright")
+    values["stages"]["edges"]["evaluate"] |= {"also": ["single"], "ends": 32}
+    values["stages"]["single"]["rewards"] = {"composition": 1.0}
+    with pytest.raises(RecipeError, match="kind of this stage's prompts") as error:
+        went(values, tmp_path / "run")
+    assert error.value.where == "stages.edges.evaluate.also"
+
+
+AMISS = {
+    "a goal that is measured at the ends": (
+        *({"until": {"metric": "held_out/reward/bright", "above": 0.5}}, "until.metric", "two ends"),
+    ),
+    "no evaluations": (
+        {"evaluate": {"every": 0, "held_out": 0, "also": ["bright"]}},
+        "evaluate.also",
+        "there are none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AMISS)
+def test_an_evaluation_that_could_not_be_made(small_backbone: Path, case: str) -> None:
+    given, where, what = AMISS[case]
+    values = described(small_backbone, edges=["bright"])
+    values["stages"]["edges"] |= given
+    with pytest.raises(RecipeError, match=what) as error:
+        recipe.check(recipe.resolve(values))
+    assert error.value.where == f"stages.edges.{where}"
+
+
+def test_a_second_engine_is_refused() -> None:
+    """One process has one, and closing the second would take the first with it."""
+    stage = {
+        "data": {"name": "world", "task": "caption", "per_step": 2, "group": 2},
+        "rollout": {"name": "vllm", "most": 8},
+        "algorithm": {"name": "token_grpo"},
+        "rewards": {"caption_truth": 1.0},
+        "learner": {"lr": 1e-3, "batch": 4},
+        "evaluate": {"held_out": 4, "also": ["other"]},
+        "steps": 1,
+    }
+    other = {**stage, "rollout": {"name": "vllm", "most": 9}, "evaluate": {"held_out": 4}}
+    values = {"policy": {"backbone": "tiny_captioner"}, "stages": {"main": stage, "other": other}}
+    with pytest.raises(RecipeError, match="there can be one") as error:
+        recipe.check(recipe.resolve(values))
+    assert error.value.where == "stages.main.evaluate.also"
+    other["rollout"] = stage["rollout"]
+    recipe.check(recipe.resolve(values))
+
+
+def test_a_stage_that_rests_trains_no_part() -> None:
+    """Or it would be loaded to be trained: in fp32, and with an optimiser's room."""
+    whole = recipe.read("world_unified")
+    only = recipe.read("world_unified", ["run.order=[understanding]"])
+    trains = {name for stage in only.stages for name in stage.train}
+    assert {name for name, way in only.policy.train.items() if way != "frozen"} == trains
+    assert trains < {name for name, way in whole.policy.train.items() if way != "frozen"}
+
+
+def test_only_may_name_a_stage_that_rests() -> None:
+    composed = recipe.compose("world_omnigen2")
+    assert recipe_course.left_out(composed, None, "proxy") == ["run.order=[proxy]"]
+    assert recipe_course.left_out(composed, "t2i", None) == ["run.order=[t2i,in_context]"]
+    with pytest.raises(RecipeError, match="no stage named 'proxy'"):
+        recipe_course.left_out(composed, "proxy", None)
+
+
 def test_a_stage_that_is_only_evaluated_is_checked_too(small_backbone: Path) -> None:
     values = described(small_backbone, ["edges"], edges=["bright"])
     values["stages"]["bright"]["learner"]["batch"] = 3

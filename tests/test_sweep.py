@@ -578,6 +578,12 @@ def test_other_numbers_of_the_same_trials_stand_beside_the_metric(tmp_path):
     assert "held_out/strikt was never logged. Did you mean 'held_out/strict'?" in "\n".join(rest)
 
 
+def test_a_change_behind_show_is_no_metric(tmp_path, capsys):
+    words = ["sweep", str(a_file(tmp_path)), "--show", "held_out/graded", "stages.main.steps=3"]
+    assert cli.main(words) == 1
+    assert "'stages.main.steps=3' is a change and no metric" in capsys.readouterr().err
+
+
 def test_a_setting_that_lacks_a_seed_comes_after_those_that_have_all(tmp_path):
     trials = [({LR: 1}, 0, "finished", [0.9]), ({LR: 1}, 1, "failed", [0.9]), ({LR: 2}, 0, "finished", [0.3])]
     trials += [({LR: 2}, 1, "finished", [0.3]), ({LR: 3}, 0, "stopped", [0.95]), ({LR: 4}, 0, "waiting", [])]

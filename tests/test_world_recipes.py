@@ -71,6 +71,13 @@ def test_its_last_stage_expects_something_and_all_that_is_expected_is_measured(n
 
 
 @pytest.mark.parametrize("name", WORLD)
+def test_a_plateau_can_end_its_stage_early(name: str) -> None:
+    for stage in read(name).stages:
+        if stage.until is not None and stage.until.plateau is not None:
+            assert stage.until.plateau * stage.evaluate.every < stage.steps
+
+
+@pytest.mark.parametrize("name", WORLD)
 def test_it_neither_trains_nor_tunes_on_what_it_is_judged_by(name: str) -> None:
     for stage in read(name).stages:
         assert getattr(stage.data, "split", "train") == "train"
@@ -109,7 +116,7 @@ def test_a_later_stage_goes_on_from_the_weights_that_were_evaluated(name: str) -
 
 
 @pytest.mark.parametrize(("name", "paper"), PAIRS.items())
-def test_as_many_rewards_are_joined_in_the_same_way(name: str, paper: str) -> None:
+def test_rewards_are_compared_one_by_one_where_the_paper_does_so(name: str, paper: str) -> None:
     """Where the paper has each reward by itself (gdpo) there are several here too, and they are taken apart too."""
     for ours, theirs in zip(stages(name).values(), stages(paper).values(), strict=True):
         if theirs["algorithm"].get("advantage") == "gdpo":

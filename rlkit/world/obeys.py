@@ -23,6 +23,9 @@ from rlkit.world.scenes import render_scenes
 MOVED = 3.5  # pixels that the centre of an object left alone may be away from where it was
 
 
+EDITED = "several"  # the kind of a caption of what an edit should leave, which no text of the grammar has
+
+
 @dataclass(frozen=True)
 class Asked:
     """A text with the pictures [3, 32, 32] that it came with: one to edit, or references, or none."""
@@ -111,7 +114,7 @@ def edit_parts(clauses: Mapping[str, float]) -> tuple[float, float]:
 def goals(rows: Sequence[tuple[str, npt.NDArray[Any]]]) -> list[Caption | None]:
     """What there should be after each edit, (its text, the source): a caption of the objects, wherever they are.
 
-    None where the text is no edit of this source. It says 'several', which no text of the grammar does.
+    None where the text is no edit of this source.
     """
     edits = [_edit(text) for text, _ in rows]
     sources = [source for (_, source), edit in zip(rows, edits, strict=True) if edit]
@@ -139,7 +142,7 @@ def goal(source: Sequence[Detection], edit: Edit) -> Caption:
     if any(UNKNOWN in one for one in kept) or (thing and thing.colour == UNKNOWN):
         raise ValueError(f"{edit.text!r}: the source shows an object that is not known")
     told = edit if thing is None else replace(edit, thing=(thing.colour, thing.shape))
-    return Caption("several", (*kept, *([told.result] if told.result else [])))
+    return Caption(EDITED, (*kept, *([told.result] if told.result else [])))
 
 
 def _meant(source: Sequence[Detection], edit: Edit) -> Detection:

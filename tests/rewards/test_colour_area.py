@@ -12,7 +12,8 @@ from rlkit.rewards.colour_area import ColourArea, areas, expected
 from rlkit.rewards.composition import Composition
 from rlkit.types import Prompt, Samples
 from rlkit.world.grammar import COLOURS, SHAPES, Caption, draw, parse
-from rlkit.world.scenes import CANVAS, EXTENTS, RADII, Item, render_batch, render_scenes
+from rlkit.world.obeys import goals
+from rlkit.world.scenes import CANVAS, CROWDED_RADII, EXTENTS, RADII, Item, render_batch, render_scenes
 
 
 def samples_of(media: Tensor, texts: Sequence[str]) -> Samples:
@@ -218,3 +219,21 @@ def test_declarations() -> None:
     assert ColourArea.differentiable
     with pytest.raises(ValueError, match=r"temperature must be above 0, not 0.0"):
         ColourArea(0.0)
+
+
+def test_what_an_edit_keeps_may_have_the_size_that_it_had_among_three() -> None:
+    """Of three objects one is removed: the others are as small as three have to be, and are not asked to grow."""
+    things = [("red", "circle", 7.0), ("blue", "square", 16.0), ("green", "cross", 25.0)]
+    scene = tuple(Item(colour, shape, x, 16.0, CROWDED_RADII[0]) for colour, shape, x in things)
+    source, media = (torch.from_numpy(render_scenes([shown])) for shown in (scene, scene[:2]))
+    (edit,) = [
+        text for text in ("remove the cross", "remove the green cross") if goals([(text, source[0].numpy())])[0]
+    ][:1]
+    samples = samples_of(media, [edit])
+    samples = replace(samples, prompts=(replace(samples.prompts[0], source=source[0]),))
+    assert float(ColourArea()(samples)) > 0.99
+
+
+def test_a_temperature_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        ColourArea(temperature=float("nan"))

@@ -90,7 +90,8 @@ def test_no_samples_and_what_it_declares() -> None:
     assert tuple(components) == tuple(Composition().components) == ("strict", "graded")
     values, components = Composition("gated")(samples_of(torch.zeros(0, 3, 32, 32), []))
     assert values.shape == (0,)
-    assert tuple(components) == Composition("gated").components == Composition.components
+    assert tuple(components) == Composition("gated").components == ("strict", "graded", "execution", "consistency")
+    assert Composition.components == ("strict", "graded")
 
 
 def test_gated_is_of_edits() -> None:
