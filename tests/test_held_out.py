@@ -15,6 +15,7 @@ from rlkit.tracking import Metrics
 
 NAMES = ("edges", "middle", "bright")
 ENDS = {"edges": 6, "middle": 4, "bright": 8}  # held-out pictures
+STEPS = {"edges": None, "middle": 4, "bright": None}  # of denoising, in evaluations
 REWARDS = {"edges": {"composition": 1.0}, "middle": {"composition": 1.0}, "bright": {"brightness": 1.0}}
 
 
@@ -29,18 +30,20 @@ def one_thread() -> Any:
 def described(path: Path, order: list[str] | None = None, **also: Any) -> dict[str, Any]:
     """Three stages of one training step each. also: of each stage, what its evaluation names."""
     kinds = {"edges": None, "middle": ["single"], "bright": None}
-    stages = {
+    stages: dict[str, dict[str, Any]] = {
         name: {
             "data": {"name": "world", "per_step": 2, "group": 2, "kinds": kinds[name]},
             "rollout": {"name": "local", "steps": 3 if name == "middle" else 2},
             "algorithm": {"name": "flow_grpo", "clip": 2e-3, "window": 1},
             "rewards": REWARDS[name],
             "learner": {"lr": 1e-3, "batch": 4},
-            "evaluate": {"every": 0, "held_out": 4, "ends": ENDS[name], "also": also.get(name, [])},
+            "evaluate": {"every": 0, "held_out": 4, "ends": ENDS[name], "steps": STEPS[name]},
             "steps": 1,
         }
         for name in NAMES
     }
+    for name, others in also.items():
+        stages[name]["evaluate"]["also"] = others
     run = {"checkpoint_every": 1, "keep_checkpoints": 9, "threads": 1, "wandb": "disabled", "device": "cpu"}
     policy = {"backbone": {"name": "tiny", "path": str(path)}, "train": {"full": True}}
     return {"run": {**run, "order": order}, "policy": policy, "stages": stages}
