@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlkit import tokens
+from rlkit.agents.experience import Bundle, Embed, Embedding, Memory, remembered, told
+from rlkit.agents.summaries import Summarise, Summariser, learnt
 from rlkit.algorithms.token_grpo import TokenGRPO
 from rlkit.errors import DataError
-from rlkit.experience import Bundle, Embed, Embedding, Memory, remembered, told
-from rlkit.summaries import Summarise, Summariser, learnt
 from rlkit.tokens import TokenRows
 from rlkit.types import Algorithm, Context, Loss, Needs, Prompt, Samples, Scores, State, TokenPolicy, Tools
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit.answers import Numbers
 from rlkit.endpoints import Endpoints
-from rlkit.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
-from rlkit.templates import fingerprint, optional
+from rlkit.judging.answers import Numbers
+from rlkit.judging.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
+from rlkit.judging.templates import fingerprint, optional
 
 if TYPE_CHECKING:
     import torch

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlkit.answers import Choice
 from rlkit.endpoints import Endpoints
-from rlkit.judge import Chat, Question, Sampling, check_options, open_chat
-from rlkit.templates import TEXTS, Template, fingerprint, material, optional, read_template, reads
+from rlkit.judging.answers import Choice
+from rlkit.judging.judge import Chat, Question, Sampling, check_options, open_chat
+from rlkit.judging.templates import TEXTS, Template, fingerprint, material, optional, read_template, reads
 from rlkit.types import Unscored, generator
 
 if TYPE_CHECKING:

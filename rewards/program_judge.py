@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rlkit.answers import Numbers
 from rlkit.endpoints import Endpoints
 from rlkit.errors import RewardError
-from rlkit.judge import Chat, Question, Sampling, check_options, open_chat
-from rlkit.templates import TEXTS, Template, fingerprint, optional, quoted, read_template, reads, texts_of
+from rlkit.judging.answers import Numbers
+from rlkit.judging.judge import Chat, Question, Sampling, check_options, open_chat
+from rlkit.judging.templates import TEXTS, Template, fingerprint, optional, quoted, read_template, reads, texts_of
 from rlkit.types import Unscored
 
 if TYPE_CHECKING:

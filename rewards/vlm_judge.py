@@ -49,11 +49,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlkit.answers import Checklist, Lines, Numbers, Prose, Tokens
 from rlkit.endpoints import Endpoints
 from rlkit.errors import nearest
-from rlkit.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
-from rlkit.templates import fingerprint, legible, optional, reads
+from rlkit.judging.answers import Checklist, Lines, Numbers, Prose, Tokens
+from rlkit.judging.judge import Sampling, Scheme, Scorer, Stage, check_options, open_chat
+from rlkit.judging.templates import fingerprint, legible, optional, reads
 from rlkit.types import Unscored
 
 if TYPE_CHECKING:

@@ -23,24 +23,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlkit import (
-    __version__,
-    arena,
-    bench_sync,
-    check,
-    merge,
-    parity,
-    plan,
-    recipe,
-    recipe_course,
-    registry,
-    reward_server,
-    rollout_server,
-    sources,
-    sweep,
-    unified_bench,
-)
+from rlkit import __version__, check, merge, parity, recipe, recipe_course, registry, sources
+from rlkit.arena import command as arena
+from rlkit.bench import sync as bench_sync
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError, nearest
+from rlkit.evaluation import unified_bench
+from rlkit.plan import command as plan
+from rlkit.serve import reward as reward_server
+from rlkit.serve import rollout as rollout_server
+from rlkit.sweep import command as sweep
 
 if TYPE_CHECKING:
     from rlkit.dist import Processes
@@ -216,7 +207,7 @@ def _launch(count: int, arguments: Sequence[str]) -> int:
 
 def _tell(folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Write the report of a run and say how it went. A run that stopped before its first numbers has none."""
-    from rlkit import report
+    from rlkit.report import summary as report
 
     try:
         page = report.write(folder)
@@ -346,7 +337,7 @@ def _card(constants: Mapping[str, Any]) -> list[str]:
 
 def _arguments(tool: str) -> dict[str, Any]:
     """What an agent gives it, as a JSON schema."""
-    from rlkit import schemas
+    from rlkit.agents import schemas
 
     try:
         return schemas.schema(registry.load("tools", tool), tool).json
@@ -463,7 +454,7 @@ def _eval(options: argparse.Namespace) -> int:
         if options.words or options.suite is not None:
             hint = "Give two folders alone: rlkit eval --compare DIR DIR"
             raise RecipeError("compares what has been evaluated.", where="--compare", hint=hint)
-        from rlkit import evaluation_table
+        from rlkit.evaluation import table as evaluation_table
 
         return _say_suite(evaluation_table.compare(*options.compare), options.json)
     if not options.words:
@@ -487,7 +478,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _eval_suite(setup: Setup, folder: Path | None, options: argparse.Namespace) -> int:
-    from rlkit import evaluation, evaluation_table
+    from rlkit.evaluation import evaluate as evaluation
+    from rlkit.evaluation import table as evaluation_table
 
     judge = None
     if options.judge is not None:
@@ -518,7 +510,7 @@ def _eval_suite(setup: Setup, folder: Path | None, options: argparse.Namespace) 
 
 
 def _say_suite(told: Mapping[str, Any], as_json: bool) -> int:
-    from rlkit import evaluation_table
+    from rlkit.evaluation import table as evaluation_table
 
     print(json.dumps(told, indent=2) if as_json else evaluation_table.table(told))
     return 0
@@ -547,7 +539,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rlkit import report
+    from rlkit.report import summary as report
 
     if options.json:
         print(json.dumps(report.summary(options.folder), indent=2))
@@ -564,35 +556,35 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from rlkit.pretrain import Pretraining, pretrain
+    from rlkit.pretrain.generator import Pretraining, pretrain
 
     pretrain(options.out, _settings(Pretraining, options, "pretrain-world"))
     return 0
 
 
 def _pretrain_agent(options: argparse.Namespace) -> int:
-    from rlkit.pretrain_agent import Reading, pretrain_agent
+    from rlkit.pretrain.agent import Reading, pretrain_agent
 
     pretrain_agent(options.out, _settings(Reading, options, "pretrain-agent"))
     return 0
 
 
 def _pretrain_captioner(options: argparse.Namespace) -> int:
-    from rlkit.pretrain_captioner import Captioning, pretrain_captioner
+    from rlkit.pretrain.captioner import Captioning, pretrain_captioner
 
     pretrain_captioner(options.out, _settings(Captioning, options, "pretrain-captioner"))
     return 0
 
 
 def _pretrain_connector(options: argparse.Namespace) -> int:
-    from rlkit.pretrain_connector import Connecting, pretrain_connector
+    from rlkit.pretrain.connector import Connecting, pretrain_connector
 
     pretrain_connector(options.out, _settings(Connecting, options, "pretrain-connector"))
     return 0
 
 
 def _pretrain_encoder(options: argparse.Namespace) -> int:
-    from rlkit.pretrain_encoder import Encoding, pretrain_encoder
+    from rlkit.pretrain.encoder import Encoding, pretrain_encoder
 
     pretrain_encoder(options.out, _settings(Encoding, options, "pretrain-encoder"))
     return 0
@@ -632,7 +624,7 @@ def _benchmark(word: str) -> str:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from rlkit import bench
+    from rlkit.bench import train as bench
 
     words = [f"run.threads={options.threads}"] if options.threads else []
     words += [f"run.device={options.device}"] if options.device else []

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.parts import Parts

@@ -244,7 +244,7 @@ def company(model: FlowModel, prompts: Sequence[Prompt], device: torch.device, p
 
 def collected(policy: Policy, prompts: Sequence[Prompt], plan: Plan, steps: int) -> Samples:
     """One sample a prompt by the local rollout."""
-    from rlkit.data import PromptBatch
+    from rlkit.data.prompts import PromptBatch
     from rlkit.dist import Processes
 
     rollout = registry.build("rollouts", "local", {"steps": steps}).start(policy, Processes())

@@ -157,7 +157,7 @@ def _train(node: Any, where: str) -> tuple[Lora | None, Recipe]:
 
 def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     from rlkit.learner import LearnerOptions
-    from rlkit.monitors import Monitors
+    from rlkit.monitors.watch import Monitors
     from rlkit.stages import Carry, Evaluation, Stage, Until
     from rlkit.total import Total
 
@@ -229,7 +229,7 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
 
 def _entry(kind: str, node: Any, where: str) -> tuple[Any, Recipe]:
     """A name with its options -> (the entry, all its options as YAML)."""
-    from rlkit.data import DATA
+    from rlkit.data.prompts import DATA
 
     node = {"name": node} if isinstance(node, str) else _mapping(node, where)
     name = node.get("name")
@@ -331,7 +331,7 @@ def check(setup: Setup) -> None:
 
 
 def _check_encoders(encoders: str, stage: Stage) -> None:
-    from rlkit.data import WorldPrompts
+    from rlkit.data.prompts import WorldPrompts
 
     if encoders == "free" and isinstance(stage.data, WorldPrompts):
         what = f"the world's prompts (stage {stage.name!r}) have no end: they cannot all be encoded before encoders go."

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rlkit import checkpoint
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, RecipeError
 from rlkit.held_out import prompts_of, score, showing, to_encode

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlkit.learner import LearnerOptions
-from rlkit.monitors import Monitors
+from rlkit.monitors.watch import Monitors
 from rlkit.resources import Resources
 from rlkit.scoring import WeightedReward
 from rlkit.total import Total

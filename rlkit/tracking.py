@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlkit.errors import DataError, RecipeError
-from rlkit.mirror import Mirrors
+from rlkit.mirrors.mirror import Mirrors
 
 Row = Mapping[str, Any]
 

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from rlkit import checkpoint
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
 from rlkit.held_out import of_one_size, of_others, showing, under
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner
-from rlkit.monitors import Raised, Watch
+from rlkit.monitors.reading import Reading
+from rlkit.monitors.sanity import judged, refused
+from rlkit.monitors.watch import Raised, Watch
 from rlkit.parts import Parts
 from rlkit.policy import Policy
-from rlkit.reading import Reading
 from rlkit.record import describe_ages, describe_held_out, describe_scores, write_rows, write_sheet
-from rlkit.sanity import judged, refused
 from rlkit.scoring import Scoring
 from rlkit.stages import TIMES, Setup, Stage
 from rlkit.sync import SharedMemory

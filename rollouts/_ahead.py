@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rlkit.rollouts._token_samples import Written
-from rlkit.worker_pool import Pool
-from rlkit.workers import Answer, Failure, Request, WorkerError
+from rlkit.workers.pool import Pool
+from rlkit.workers.worker import Answer, Failure, Request, WorkerError
 
 Told = list[tuple[Answer, ...] | Failure]
 

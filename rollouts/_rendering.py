@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlkit import registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.endpoints import Endpoints, Failure, Reply, Request
 from rlkit.episodes import Program

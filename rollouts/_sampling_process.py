@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from rlkit import registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
 from rlkit.resources import Resources
 from rlkit.rollouts.local import Local, LocalRollout
-from rlkit.sample_wire import pack, pack_samples, read_plan, receive, send, unpack
 from rlkit.shelf import Conditions
 from rlkit.types import Condition, Context, FlowModel, Prompt
 from rlkit.weights import Lora
+from rlkit.workers.sample_wire import pack, pack_samples, read_plan, receive, send, unpack
 
 
 class Sent(Conditions):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.language import LanguagePolicy
 from rlkit.types import Context, Samples, Span, TokenModel, Tokens
 

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from rlkit import registry
-from rlkit.data import PromptBatch
+from rlkit.agents.tooling import Pictures, Toolbox
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.episodes import Call, Episode, Program, Turn
 from rlkit.errors import DataError, RecipeError, nearest
 from rlkit.language import LanguagePolicy
 from rlkit.rollouts._rendering import renderer, told
 from rlkit.rollouts._token_samples import Spoken, Written, texts_of, tokens_of
-from rlkit.tooling import Pictures, Toolbox
 from rlkit.types import Context, Plan, Prompt, Samples
 
 

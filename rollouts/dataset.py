@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkit import registry
-from rlkit.data import Picture, PromptBatch
+from rlkit.data.prompts import Picture, PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DataError, RecipeError
 from rlkit.policy import Policy

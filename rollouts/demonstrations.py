@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DataError, RecipeError
 from rlkit.language import LanguagePolicy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkit import flow
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.language import LanguagePolicy
 from rlkit.policy import Policy

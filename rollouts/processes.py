@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from rlkit import dist
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.errors import RecipeError
 from rlkit.policy import Policy
-from rlkit.sample_wire import joined, pack, plain_plan, read_header, read_samples, receive, send, unpack
 from rlkit.types import Context, Plan, Samples
 from rlkit.weights import Tensors
-from rlkit.workers import WorkerError
+from rlkit.workers.sample_wire import joined, pack, plain_plan, read_header, read_samples, receive, send, unpack
+from rlkit.workers.worker import WorkerError
 
 log = logging.getLogger(__name__)
 

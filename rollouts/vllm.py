@@ -23,19 +23,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlkit import push
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
 from rlkit.rollouts._ahead import Ahead, Told, too_old
 from rlkit.rollouts._token_samples import Written, samples_of
-from rlkit.serving import Engine
 from rlkit.types import Context, Plan, Prompt, Samples, Span, seed_of
-from rlkit.vllm_offline import Offline
-from rlkit.vllm_server import Server
-from rlkit.worker_pool import Patience, Pool
-from rlkit.workers import Failure, Request, WorkerError
+from rlkit.workers import push
+from rlkit.workers.pool import Patience, Pool
+from rlkit.workers.serving import Engine
+from rlkit.workers.vllm_offline import Offline
+from rlkit.workers.vllm_server import Server
+from rlkit.workers.worker import Failure, Request, WorkerError
 
 MEMORY = Path("/dev/shm")  # a folder in memory, where there is one
 CANARY = 4  # tokens that the learner and a worker compute both
@@ -68,7 +68,7 @@ class VLLM:
     sequences: int = 64  # continued at the same time
     memory: int = 1  # GB for keys and values, on a CPU
     gpu_share: float = 0.4  # of the GPU that the engine shares with the learner
-    patience: Mapping[str, Any] = field(default_factory=dict)  # tries, pause, request, deadline, least (worker_pool.py)
+    patience: Mapping[str, Any] = field(default_factory=dict)  # tries, pause, request, deadline, least (workers/pool.py)
     steps: int = 0  # of denoising: there are none
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlkit.rollouts.vllm import CANARY
 from rlkit.types import Span, seed_of
-from rlkit.workers import FRESH, Answer, Fault, Request
+from rlkit.workers.worker import FRESH, Answer, Fault, Request
 
 LONG = 6  # tokens of an answer; a canary has 4
 PROMPTS, GROUP = 3, 4

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlkit import cli, dist, recipe, registry, report, session, trainer
+from rlkit import cli, dist, recipe, registry, session, trainer
 from rlkit.dist import Processes
+from rlkit.report import summary as report
 
 
 @pytest.fixture(autouse=True)

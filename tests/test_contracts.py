@@ -16,7 +16,7 @@ from making import told
 from torch import Tensor, nn
 
 from rlkit import recipe, registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.episodes import Call, Episode
 from rlkit.errors import RlkitError

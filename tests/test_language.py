@@ -13,11 +13,11 @@ import torch
 
 from rlkit import recipe, registry, session
 from rlkit.backbones import tiny_captioner
-from rlkit.data import PromptBatch, WorldPrompts
+from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
-from rlkit.pretrain_captioner import assemble, save
+from rlkit.pretrain.captioner import assemble, save
 from rlkit.resources import Resources
 from rlkit.rollouts.local import Local
 from rlkit.types import Context, Plan, Samples, TokenModel

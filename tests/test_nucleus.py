@@ -7,7 +7,7 @@ import torch
 from backbones import tiny_llm
 
 from rlkit import decoding, registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy

@@ -14,7 +14,7 @@ from making import scores_of
 from torch import Tensor
 
 from rlkit import checkpoint, dist, recipe, session
-from rlkit.data import PromptBatch, WorldPrompts
+from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.errors import RecipeError
 from rlkit.parts import Parts
 from rlkit.rollouts.relay import Relay

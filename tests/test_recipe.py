@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlkit import recipe, recipe_course, registry, sources
-from rlkit.data import PairFile
+from rlkit.data.prompts import PairFile
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError
 from rlkit.rollouts.dataset import Dataset
 from rlkit.stages import Carry

@@ -20,10 +20,10 @@ from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
 from rlkit.record import describe_ages
 from rlkit.rollouts import vllm
-from rlkit.serving import serve
 from rlkit.tracking import Metrics, Tracker
 from rlkit.trainer import Run
 from rlkit.types import Samples, Span, Tokens
+from rlkit.workers.serving import serve
 
 SamplesOf = Callable[..., Samples]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlkit.errors import DataError, RecipeError
-from rlkit.mirror import Mirrors
+from rlkit.mirrors.mirror import Mirrors
 from rlkit.tracking import Expectation, Metrics, Progress, Tracker
 
 
@@ -176,7 +176,7 @@ def test_auto_goes_online_only_with_a_login(
         modes.append(mode)
         return FakeRun()
 
-    monkeypatch.setattr("rlkit.mirror._start_wandb", start)
+    monkeypatch.setattr("rlkit.mirrors.mirror._start_wandb", start)
     Mirrors(tmp_path, {}, lambda text: None, wandb="auto")
     assert modes == ([expected] if expected else [])
 
@@ -187,7 +187,7 @@ def test_a_failing_start_is_a_warning_in_auto_and_an_error_when_asked_for(
     def start(*_: Any, **__: Any) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("rlkit.mirror._start_wandb", start)
+    monkeypatch.setattr("rlkit.mirrors.mirror._start_wandb", start)
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     said: list[str] = []
@@ -206,7 +206,7 @@ def test_w_and_b_gets_numbers_and_the_stage_and_its_death_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FakeRun()
-    monkeypatch.setattr("rlkit.mirror._start_wandb", lambda *_, **__: run)
+    monkeypatch.setattr("rlkit.mirrors.mirror._start_wandb", lambda *_, **__: run)
     said: list[str] = []
     mirrors = Mirrors(tmp_path, {}, said.append, wandb="online")
     mirrors.log(evaluation(2, ends=True, kl=None, **{"held_out/strict": 0.5}))

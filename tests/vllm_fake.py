@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from rlkit import transfer
-from rlkit.push import Nothing
-from rlkit.vllm_server import Server
-from rlkit.worker_pool import Patience, Pool
-from rlkit.workers import Request
+from rlkit.workers import transfer
+from rlkit.workers.pool import Patience, Pool
+from rlkit.workers.push import Nothing
+from rlkit.workers.vllm_server import Server
+from rlkit.workers.worker import Request
 
 QUICK = Patience(pause=0.0, request=20.0, deadline=40.0)
 WEIGHTS = {"one": torch.arange(4.0), "two": torch.ones(2, 3)}

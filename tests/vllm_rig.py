@@ -16,11 +16,11 @@ import torch._dynamo
 import transformers
 from tiny_vlm import _tokenizer
 
-from rlkit.push import Canary
-from rlkit.serving import Engine
 from rlkit.types import Span
-from rlkit.vllm_offline import Offline
-from rlkit.workers import Fault, Request, Worker
+from rlkit.workers.push import Canary
+from rlkit.workers.serving import Engine
+from rlkit.workers.vllm_offline import Offline
+from rlkit.workers.worker import Fault, Request, Worker
 
 EXACT = 1e-5  # fp32 against fp32, other kernels
 ENDS = (263,)

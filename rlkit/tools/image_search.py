@@ -17,9 +17,9 @@ from typing import Annotated
 from torch import Tensor
 
 from rlkit import pictures
+from rlkit.agents.tooling import MOST_PICTURES, Observation
 from rlkit.endpoints import Pool
 from rlkit.errors import DataError
-from rlkit.tooling import MOST_PICTURES, Observation
 from rlkit.tools import _endpoint, _index
 
 ENDINGS = (".png", ".jpg", ".jpeg")

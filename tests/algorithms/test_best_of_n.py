@@ -11,7 +11,7 @@ from making import scores_of
 from torch import Tensor
 
 from rlkit.algorithms.best_of_n import BestOfN, best_of
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlkit.algorithms.ddpo import DDPO
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local

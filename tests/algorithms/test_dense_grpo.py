@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlkit.algorithms import dense_grpo
 from rlkit.algorithms.dense_grpo import DenseGRPO
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local

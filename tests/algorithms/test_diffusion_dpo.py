@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkit import flow
 from rlkit.algorithms.diffusion_dpo import DiffusionDPO, PairRows
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.learner import Learner, LearnerOptions

@@ -11,7 +11,7 @@ from making import models_of, normal, scores_of
 from torch import Tensor
 
 from rlkit.algorithms.diffusion_nft import DiffusionNFT
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlkit import flow
 from rlkit.algorithms.flow_grpo import FlowGRPO
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy

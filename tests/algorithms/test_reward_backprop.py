@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlkit import flow, recipe
 from rlkit.algorithms.reward_backprop import RewardBackprop, StartRows
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError, RewardError
 from rlkit.learner import Learner, LearnerOptions

@@ -15,12 +15,12 @@ from meeting import Meeting
 from torch import Tensor, nn
 
 from rlkit import registry, tokens
+from rlkit.agents.experience import Bundle, remembered, told
 from rlkit.algorithms.sdl import SDL, SDLRows, TaughtRows, teacher_log_probs
 from rlkit.algorithms.token_grpo import TokenGRPO
 from rlkit.dist import Processes
 from rlkit.episodes import Call, Episode, Program, Turn
 from rlkit.errors import DataError, RecipeError
-from rlkit.experience import Bundle, remembered, told
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.types import Context, Prompt, Samples, Scores, Tokens

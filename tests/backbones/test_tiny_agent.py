@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from rlkit.agents.experience import Bundle, told
 from rlkit.backbones import tiny_agent
 from rlkit.backbones.tiny_agent import TinyAgent
 from rlkit.episodes import Turn
 from rlkit.errors import RecipeError
-from rlkit.experience import Bundle, told
-from rlkit.pretrain_agent import assemble, save
+from rlkit.pretrain.agent import assemble, save
 from rlkit.types import Prompt
 from rlkit.world import atlas, grammar
 

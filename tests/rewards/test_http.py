@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit import cli, endpoints, registry, reward_server, wire
+from rlkit import cli, endpoints, registry, wire
 from rlkit.errors import RecipeError, RewardError
-from rlkit.reward_worker import Worker
 from rlkit.rewards.http import _There
+from rlkit.serve import reward as reward_server
+from rlkit.serve.reward_worker import Worker
 from rlkit.tracking import Metrics
 from rlkit.types import Prompt, Unscored
 from rlkit.world.grammar import draw

@@ -20,9 +20,9 @@ from tiny_vlm import END, QUOTATION_MARK, save_tiny_vlm
 from torch import Tensor
 from vllm_server import Server, vllm_server
 
-from rlkit.answers import Prose
 from rlkit.endpoints import Endpoints
-from rlkit.judge import Question, Sampling, open_chat
+from rlkit.judging.answers import Prose
+from rlkit.judging.judge import Question, Sampling, open_chat
 from rlkit.pictures import data_uri, to_pil
 from rlkit.rewards.editscore import EditScore
 from rlkit.rewards.pairwise import Pairwise

@@ -15,7 +15,8 @@ import pytest
 import torch
 from backbones import conforms, tiny_llm
 
-from rlkit.data import PromptBatch
+from rlkit.agents.tooling import Observation, Toolbox, tool_call
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.episodes import Call, Turn
 from rlkit.errors import DataError, RecipeError
@@ -23,7 +24,6 @@ from rlkit.language import LanguagePolicy
 from rlkit.rollouts._token_samples import Written
 from rlkit.rollouts.agent import Agent, AgentRollout
 from rlkit.rollouts.local import Local
-from rlkit.tooling import Observation, Toolbox, tool_call
 from rlkit.types import Context, Plan, Prompt, Samples, Span, Tokens
 
 CPU = torch.device("cpu")

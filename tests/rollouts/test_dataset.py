@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rlkit import recipe, session
-from rlkit.data import PairFile, PromptBatch
+from rlkit.data.prompts import PairFile, PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DataError, RecipeError
 from rlkit.policy import Policy

@@ -12,12 +12,12 @@ import torch
 from backbones import tiny_llm
 
 from rlkit import registry
-from rlkit.data import PromptBatch, WorldPrompts
+from rlkit.agents.tooling import Toolbox, tool_call
+from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.errors import DataError, RecipeError
 from rlkit.language import LanguagePolicy
 from rlkit.rollouts.demonstrations import Demonstrations, DemonstrationsRollout
-from rlkit.tooling import Toolbox, tool_call
 from rlkit.types import Context, Plan, Prompt, Samples, Tokens
 
 CPU = torch.device("cpu")

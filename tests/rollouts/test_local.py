@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlkit import flow
 from rlkit.algorithms.flow_grpo import FlowGRPO
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.policy import Policy
 from rlkit.rollouts.local import Local

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from rlkit import dist, recipe, registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.errors import RecipeError
 from rlkit.policy import Policy
 from rlkit.rollouts import processes as module
 from rlkit.rollouts.local import Local
 from rlkit.rollouts.processes import Processes, ProcessesRollout
-from rlkit.sample_wire import send
 from rlkit.scoring import WeightedReward
 from rlkit.tracking import Metrics, Tracker
 from rlkit.trainer import Run, train
 from rlkit.types import Context, FlowModel, Plan, Prompt, Samples
 from rlkit.weights import Lora
-from rlkit.workers import WorkerError
+from rlkit.workers.sample_wire import send
+from rlkit.workers.worker import WorkerError
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ import torch
 from backbones import conforms, tiny_llm
 
 from rlkit import registry
-from rlkit.data import PromptBatch
+from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.episodes import Program
 from rlkit.errors import RecipeError

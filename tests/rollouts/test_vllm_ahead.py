@@ -14,7 +14,7 @@ from held_worker import GROUP, LATE, LONG, PROMPTS, Held, seeds
 from torch import Tensor
 
 from rlkit import registry
-from rlkit.data import PromptBatch, WorldPrompts
+from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
@@ -24,8 +24,8 @@ from rlkit.rollouts._token_samples import Written
 from rlkit.rollouts.vllm import VLLM, VLLMRollout
 from rlkit.types import Context, Plan, Samples, Span, TokenModel
 from rlkit.weights import Lora
-from rlkit.worker_pool import Pool
-from rlkit.workers import Request, WorkerError
+from rlkit.workers.pool import Pool
+from rlkit.workers.worker import Request, WorkerError
 
 CPU = torch.device("cpu")
 

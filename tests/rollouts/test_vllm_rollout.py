@@ -16,7 +16,8 @@ import torch
 from backbones import conforms, tiny_llm
 
 from rlkit import registry
-from rlkit.data import PromptBatch, WorldPrompts
+from rlkit.agents.tooling import Observation, Toolbox
+from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.dist import Processes
 from rlkit.episodes import Call
 from rlkit.errors import RlkitError
@@ -24,7 +25,6 @@ from rlkit.language import LanguagePolicy
 from rlkit.rollouts.agent import Agent
 from rlkit.rollouts.local import Local
 from rlkit.rollouts.vllm import VLLM, VLLMRollout
-from rlkit.tooling import Observation, Toolbox
 from rlkit.types import Context, Plan, Prompt, Samples, Span, TokenModel
 from rlkit.weights import Lora
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlkit import cli, registry, schemas
-from rlkit.tooling import Toolbox, tool_call
+from rlkit import cli, registry
+from rlkit.agents import schemas
+from rlkit.agents.tooling import Toolbox, tool_call
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests" / "plugin"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlkit import pictures, registry
+from rlkit.agents.tooling import Toolbox, tool_call
 from rlkit.errors import DataError, RecipeError
-from rlkit.tooling import Toolbox, tool_call
 from rlkit.tools.image_search import ImageSearch, smaller
 
 RED = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)

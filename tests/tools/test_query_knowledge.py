@@ -2,8 +2,8 @@
 
 import pytest
 
+from rlkit.agents.tooling import Toolbox, tool_call
 from rlkit.errors import DataError
-from rlkit.tooling import Toolbox, tool_call
 from rlkit.tools.query_knowledge import QueryKnowledge
 from rlkit.world import atlas
 

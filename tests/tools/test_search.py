@@ -3,8 +3,8 @@
 import pytest
 
 from rlkit import registry
+from rlkit.agents.tooling import Toolbox, tool_call
 from rlkit.errors import DataError, RecipeError, RewardError
-from rlkit.tooling import Toolbox, tool_call
 from rlkit.tools.search import Search
 from rlkit.world import atlas
 

@@ -1,0 +1,1 @@
+"""What an agent may call, how its turns are read, and what is learnt from its tries."""

@@ -1,0 +1,1 @@
+"""Algorithms side by side on one budget of training time, and the page that tells of it."""

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that measure this machine. No test reads a clock."""

@@ -1,0 +1,1 @@
+"""Vision-language models as judges: what they are asked, and how their answers are read."""
