@@ -68,7 +68,7 @@ class VLLM:
     sequences: int = 64  # continued at the same time
     memory: int = 1  # GB for keys and values, on a CPU
     gpu_share: float = 0.4  # of the GPU that the engine shares with the learner
-    patience: Mapping[str, Any] = field(default_factory=dict)  # tries, pause, request, deadline, least (workers/pool.py)
+    patience: Mapping[str, Any] = field(default_factory=dict)  # workers/pool.py: tries, pause, request, deadline, least
     steps: int = 0  # of denoising: there are none
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli, dist, recipe, registry, session, trainer
+from rlkit.commands import catalogue, train
 from rlkit.dist import Processes
 from rlkit.report import summary as report
 
@@ -241,7 +242,7 @@ def test_several_processes_are_launched_after_the_recipe_was_checked(monkeypatch
 
 def test_every_process_writes_into_the_first_ones_folder(monkeypatch):
     chosen = Path("runs/é-1")
-    assert cli._same_folder(Processes(), chosen) == chosen
+    assert train._same_folder(Processes(), chosen) == chosen
 
 
 # ------------------------------------------------------------------------------------------- the other commands
@@ -320,7 +321,7 @@ HEAVY = ("accelerate", "diffusers", "matplotlib", "peft", "transformers", "vllm"
     ("commands", "left_out"),
     [
         (
-            [["--help"], ["train", "--help"], ["bench", "--help"], *(["list", kind] for kind in cli.KINDS)],
+            [["--help"], ["train", "--help"], ["bench", "--help"], *(["list", kind] for kind in catalogue.KINDS)],
             ("torch", *HEAVY),
         ),
         ([["check", "quickstart"], ["check", "quickstart", "policy.train.lora.rank=4"]], HEAVY),

@@ -42,7 +42,9 @@ LEVELS = {  # files of rlkit/ and folders, the lowest first
             ("recipe", "recipe_parts", "recipe_course"),
             ("report",),
             ("plan", "sweep", "bench", "arena", "evaluation", "pretrain", "serve"),
-            ("check", "merge", "parity", "cli"),
+            ("merge", "parity"),
+            ("commands",),
+            ("cli",),
             ("recipes",),  # YAML: nothing imports it
         )
     )
@@ -52,7 +54,7 @@ CATALOGUES = ("rewards", "algorithms", "backbones", "rollouts", "tools")
 FOLDERS = (  # the other rooms are files of rlkit/
     *("world", *CATALOGUES, "recipes"),
     *("judging", "workers", "agents", "data", "mirrors", "monitors", "report"),
-    *("plan", "sweep", "bench", "arena", "evaluation", "pretrain", "serve"),
+    *("plan", "sweep", "bench", "arena", "evaluation", "pretrain", "serve", "commands"),
 )
 AT_THE_TOP = ("rewards", "algorithms", "rollouts", "recipes")  # folders beside rlkit/ that are installed below it
 EXCEPTIONS = {  # the commands that train the weights that a backbone ships with
