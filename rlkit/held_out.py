@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -34,13 +35,13 @@ def of_one_size(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
     return tuple(replace(prompt, size=None) for prompt in prompts)
 
 
-def to_encode(stage: Stage) -> Iterator[Prompt]:
+def to_encode(stage: Stage, trains: bool = True) -> Iterator[Prompt]:
     """All that a stage will ever ask its policy to encode; pictures are read as their prompts are reached.
 
-    RecipeError, at once, for data that has no end.
+    trains: False of a stage that is only evaluated. RecipeError, at once, for data to train on that has no end.
     """
     data = stage.data.open()
-    every = data.everything()
+    every = data.everything() if trains else ()
     if every is None:
         what = f"the data of stage {stage.name!r} has no end, so it cannot all be encoded before the encoders go."
         raise RecipeError(what, where="policy.encoders", hint="Use `offload`, or `keep`.")
@@ -70,16 +71,31 @@ def score(
     """
     context = Context(options.seed, "evaluate", 0, stage.rollout.steps, {}, processes.gather)
     scoring = Scoring(stage.rewards, options.max_unscored, stage.total, policy.device)
-    used = stage.rollout.start(policy, processes) if rollout is None else rollout
+    started = started_rollout(stage, policy, processes) if rollout is None else nullcontext(rollout)
     try:
-        samples = used.collect(PromptBatch(prompts, 1), plan, context)
-        torch.manual_seed(seed_of(options.seed, "evaluate", processes.rank))  # what a reward of somebody's may draw
-        return samples, scoring(samples, processes.gather, held_out=True)
+        with started as used:
+            samples = used.collect(PromptBatch(prompts, 1), plan, context)
+            torch.manual_seed(seed_of(options.seed, "evaluate", processes.rank))  # what a reward of somebody's may draw
+            return samples, scoring(samples, processes.gather, held_out=True)
     finally:
         scoring.close()
-        close = getattr(used, "close", None)  # a third party's may have nothing to close
-        if rollout is None and close is not None:
-            close()
+
+
+@contextmanager
+def started_rollout(stage: Stage, policy: Weights | Parts, processes: Processes) -> Iterator[Any]:
+    """The stage's rollout, for as long as it is needed: what it has started or loaded ends with it."""
+    rollout = stage.rollout.start(policy, processes)
+    try:
+        yield rollout
+    finally:
+        close_rollout(rollout)
+
+
+def close_rollout(rollout: Any) -> None:
+    """A third party's may have nothing to close."""
+    close = getattr(rollout, "close", None)
+    if close is not None:
+        close()
 
 
 def of_others(
@@ -108,4 +124,7 @@ def under(stage: str, row: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}/{stage}{end}": row[f"{name}{end}"] for name in names for end in ("", "_se")}
 
 
-__all__ = ["of_one_size", "of_others", "prompts_of", "score", "showing", "to_encode", "under"]
+__all__ = [
+    *("close_rollout", "of_one_size", "of_others", "prompts_of", "score", "showing", "started_rollout"),
+    *("to_encode", "under"),
+]

@@ -318,9 +318,10 @@ def _rewards(node: Any, where: str) -> tuple[tuple[WeightedReward, ...], Recipe]
 def check(setup: Setup) -> None:
     """Refuse what cannot work together, before anything is loaded."""
     recipe_parts.check(setup)
-    for stage in recipe_course.every(setup):
-        where = f"stages.{stage.name}"
+    for stage in setup.stages:
         _check_encoders(setup.policy.resources.encoders, stage)
+    for stage in setup.every_stage():
+        where = f"stages.{stage.name}"
         needs: Needs = stage.algorithm.needs()
         _check_kinds(setup.policy.backbone, stage, needs, where)
         _check_gives(stage, needs, where)

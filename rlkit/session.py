@@ -28,7 +28,7 @@ from rlkit import checkpoint
 from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, RecipeError
-from rlkit.held_out import prompts_of, score, showing, to_encode
+from rlkit.held_out import prompts_of, score, showing, started_rollout, to_encode
 from rlkit.language import LanguagePolicy
 from rlkit.parts import Connector, Parts
 from rlkit.policy import Policy
@@ -83,9 +83,10 @@ def run(
     try:
         policy = load_policy(setup, processes)
         if setup.policy.resources.encoders == "free" and isinstance(policy, Policy):
-            asked = tuple({one.name: one for stage in setup.stages for one in (stage, *stage.also)}.values())
-            texts = [text for stage in asked for text in stage.data.open().texts()]
-            policy.free_encoders(chain.from_iterable([to_encode(stage) for stage in asked]), texts)
+            texts = [text for stage in setup.stages for text in stage.data.open().texts()]
+            trained = {stage.name for stage in setup.stages}
+            asked = [to_encode(stage, stage.name in trained) for stage in setup.every_stage()]
+            policy.free_encoders(chain.from_iterable(asked), texts)
         names = [stage.name for stage in setup.stages]
         first, at = (names.index(saved.numbers["stage"]), saved.at) if saved else (0, 0)
         begun = first + 1 if saved and saved.numbers["done"] else first
@@ -245,8 +246,8 @@ def draw(setup: Setup, policy: Policy, prompts: list[str], n: int, seed: int = 0
     """Pictures [len(prompts) * n, C, H, W]: n of each prompt, sampled without exploration noise."""
     rows = tuple(Prompt(id=i, text=text) for i, text in enumerate(prompts))
     context = Context(seed, "sample", 0, setup.stages[-1].rollout.steps, {}, Processes().gather)
-    rollout = setup.stages[-1].rollout.start(policy, Processes())
-    media: Tensor = rollout.collect(PromptBatch(rows, n), showing(setup.stages[-1], policy), context).media
+    with started_rollout(setup.stages[-1], policy, Processes()) as rollout:
+        media: Tensor = rollout.collect(PromptBatch(rows, n), showing(setup.stages[-1], policy), context).media
     return media
 
 
@@ -267,11 +268,8 @@ def reconstruct(
     def again(pictures: Sequence[Tensor]) -> tuple[Tensor, list[str]]:
         rows = tuple(Prompt(id=row, text=text, source=picture) for row, picture in enumerate(pictures))
         context = Context(setup.options.seed, "reconstruct", 0, stage.rollout.steps, {}, Processes().gather)
-        rollout = stage.rollout.start(policy, Processes())
-        try:
+        with started_rollout(stage, policy, Processes()) as rollout:
             drawn = rollout.collect(PromptBatch(rows, 1), Plan(steps=stage.evaluate.steps), context)
-        finally:
-            rollout.close()
         return drawn.media, list(drawn.texts) or [""] * len(rows)
 
     return again

@@ -146,3 +146,8 @@ class Setup:
     policy: PolicyOptions
     stages: tuple[Stage, ...]
     recipe: dict[str, Any] = field(default_factory=dict)
+
+    def every_stage(self) -> list[Stage]:
+        """The stages that run, then those that are only evaluated."""
+        named = [one for stage in self.stages for one in stage.also]
+        return list({one.name: one for one in (*self.stages, *named)}.values())

@@ -711,6 +711,24 @@ def test_what_is_to_be_encoded_is_the_data_and_each_evaluation_as_it_is_drawn():
     assert set(found[2:]) == {("h0", (4, 4)), ("h1", (4, 4)), ("h0", None), ("h1", None), ("h2", None)}
     with pytest.raises(RecipeError, match="the data of stage 'main' has no end"):
         to_encode(replace(stage, data=Data(None)))
+    evaluated = to_encode(replace(stage, data=Data(None)), trains=False)
+    assert {one.text for one in evaluated} == {"h0", "h1", "h2"}, "nothing that is trained on"
+
+
+def test_a_stage_that_is_only_evaluated_needs_no_end_to_its_prompts(tmp_path):
+    """The world's have none, and an evaluation's are as many as it says."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "held_out.txt").write_text("a green square\n")
+    files = {"name": "prompts", "path": str(tmp_path / "prompts.txt"), "held_out_path": str(tmp_path / "held_out.txt")}
+    setup = build({"main": {"data": files, "rewards": {"brightness": 1.0}, "evaluate": {"held_out": 2}}, "world": {}})
+    main, world = setup.stages
+    policy = replace(setup.policy, resources=replace(setup.policy.resources, encoders="free"))
+    setup = replace(setup, policy=policy, stages=(replace(main, also=(world,)),))
+    recipe.check(setup)
+    session.run(setup, tmp_path / "run", Processes(), quiet=True)
+    assert "held_out/reward/world" in [row for row in Metrics.read(tmp_path / "run") if row["kind"] == "evaluation"][-1]
+    with pytest.raises(RecipeError, match="have no end"):
+        recipe.check(replace(setup, stages=(main, world)))
 
 
 def test_a_run_without_its_encoders_has_the_numbers_of_one_with_them(tmp_path):

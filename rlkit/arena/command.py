@@ -387,13 +387,14 @@ def sampled(setup: Setup, policy: Policy, prompts: Sequence[Any], group: int) ->
     """`group` pictures of each prompt, as the stage shows them, from noise that no evaluation has."""
     from rlkit.data.prompts import PromptBatch
     from rlkit.dist import Processes
-    from rlkit.held_out import of_one_size, showing
+    from rlkit.held_out import of_one_size, showing, started_rollout
     from rlkit.types import Context
 
     stage, alone = setup.stages[0], Processes()
     context = Context(0, "arena", 0, stage.rollout.steps, {}, alone.gather)
     batch = PromptBatch(of_one_size(tuple(prompts)), group)
-    samples: Samples = stage.rollout.start(policy, alone).collect(batch, showing(stage, policy), context)
+    with started_rollout(stage, policy, alone) as rollout:
+        samples: Samples = rollout.collect(batch, showing(stage, policy), context)
     return samples
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit import recipe, recipe_course, sources
+from rlkit import recipe, sources
 from rlkit.errors import RecipeError, RlkitError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _sound(name: str, overrides: list[str]) -> bool:
 def _read(name: str, overrides: list[str]) -> Setup:
     """Read, with its files of prompts: their errors are said now. Files that are not here are only named."""
     setup = recipe.read(name, overrides)
-    for stage in recipe_course.every(setup):
+    for stage in setup.every_stage():
         if absent := _absent(setup.recipe["stages"][stage.name]["data"]):
             what = f"stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
             print(what, file=sys.stderr)

@@ -33,6 +33,7 @@ from rlkit.errors import CheckpointError, DataError, RecipeError, RewardError, n
 from rlkit.evaluation import suites
 from rlkit.evaluation.formats import Case
 from rlkit.evaluation.suites import Suite
+from rlkit.held_out import started_rollout
 from rlkit.policy import Policy
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.stages import Setup, Stage
@@ -107,14 +108,11 @@ def evaluate(setup: Setup, folder: Path | None, name: str, settings: Settings) -
     identity = _identity(setup, suite, cases, saved, weights, reward)
     records = Records.open(out, identity)
     scoring = Scoring((reward,), 1.0, None, policy.device)  # a judge that fails is not the end of the others' records
-    rollout = stage.rollout.start(policy, processes)
     try:
-        _Evaluation(setup, policy, cases, rollout, scoring, records, state).run(plans, settings.seeds)
+        with started_rollout(stage, policy, processes) as rollout:
+            _Evaluation(setup, policy, cases, rollout, scoring, records, state).run(plans, settings.seeds)
     finally:
         scoring.close()
-        close = getattr(rollout, "close", None)  # a third party's may have nothing to close
-        if close is not None:
-            close()
     return out
 
 
