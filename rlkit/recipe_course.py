@@ -22,6 +22,7 @@ def check(setup: Setup) -> None:
     for stage in setup.stages:
         _check_also(setup, stage)
         _check_ending(stage, setup.recipe["stages"][stage.name]["expect"])
+        _check_best(stage)
         _check_carry(stage, before)
         before = stage
 
@@ -40,12 +41,6 @@ def arranged(stages: Sequence[Stage], order: Sequence[str] | None) -> tuple[Stag
     for name, others in told.items():
         _check_names(others, known, f"stages.{name}.evaluate.also")
     return tuple(replace(known[name], also=tuple(known[one] for one in told[name])) for name in names)
-
-
-def every(setup: Setup) -> list[Stage]:
-    """The stages that run, then those that are only evaluated."""
-    named = [one for stage in setup.stages for one in stage.also]
-    return list({one.name: one for one in (*named, *setup.stages)}.values())
 
 
 def running(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +128,12 @@ def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
         raise RecipeError(what, where=f"{where}.until.metric", hint=f"Set {where}.evaluate.every and .held_out.")
 
 
+def _check_best(stage: Stage) -> None:
+    by = stage.monitors.best_by
+    if by is not None and stage.monitors.rolls_back:
+        _check_measured(stage, by, f"stages.{stage.name}.monitors.best_by")
+
+
 def _check_measured(stage: Stage, metric: str, where: str) -> None:
     """That an evaluation of this stage gives the number; `NAME/KIND` is that of one kind of prompt, and not looked
     into."""
@@ -140,7 +141,7 @@ def _check_measured(stage: Stage, metric: str, where: str) -> None:
 
     name = metric.removeprefix(HELD_OUT).removesuffix("_se")
     if name.rpartition("/")[2] in {one.name for one in stage.also}:
-        what = f"{metric!r} is measured at the two ends of stage {stage.name!r} alone: nothing could end it by that."
+        what = f"{metric!r} is measured at the two ends of stage {stage.name!r} alone."
         raise RecipeError(what, where=where, hint=f"Name one of the stage's own, such as {HELD_OUT}reward.")
     known = measured(stage)
     if known is not None and name not in known and name.rpartition("/")[0] not in known:
@@ -165,4 +166,4 @@ def _check_carry(stage: Stage, before: Stage | None) -> None:
         raise RecipeError(what, where=f"{where}.optimizer", hint="Leave it out, or train the same in both.")
 
 
-__all__ = ["arranged", "check", "every", "left_out", "measured", "running"]
+__all__ = ["arranged", "check", "left_out", "measured", "running"]

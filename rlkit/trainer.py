@@ -20,7 +20,7 @@ from rlkit import checkpoint
 from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
-from rlkit.held_out import of_one_size, of_others, showing, under
+from rlkit.held_out import close_rollout, of_one_size, of_others, showing, under
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner
 from rlkit.monitors.reading import Reading
@@ -99,9 +99,7 @@ class Run:
     def close(self) -> None:
         """Let go of what rewards and the rollout have loaded or started."""
         self.scoring.close()
-        close = getattr(self.rollout, "close", None)  # a third party's may have nothing to close
-        if close is not None:
-            close()
+        close_rollout(self.rollout)
 
     @property
     def at(self) -> int:
@@ -211,10 +209,15 @@ class Run:
 
     def watched(self, row: dict[str, Any], samples: Samples, scores: Scores) -> None:
         """Write a row with the monitors' figures, and after it the alarms that are new."""
+        figures, raised = self.look(row, samples, scores)
+        self.write(row | figures, raised)
+
+    def look(self, row: dict[str, Any], samples: Samples, scores: Scores) -> tuple[dict[str, float], list[Raised]]:
         gather, precision = self.processes.gather, self.setup.options.precision
-        reading = Reading(row, samples, scores, self.stage.rewards, gather, precision)
-        figures, raised = self.monitors.look(reading)
-        self.tracker.write(row | figures)
+        return self.monitors.look(Reading(row, samples, scores, self.stage.rewards, gather, precision))
+
+    def write(self, row: dict[str, Any], raised: list[Raised]) -> None:
+        self.tracker.write(row)
         for one in raised:
             self.tracker.write(self.described(one))
             if one.action != "warn":
@@ -291,14 +294,9 @@ class Run:
         row: dict[str, Any] = {"kind": "evaluation", "stage": self.stage.name, "step": self.done, "at": self.at}
         row |= describe_held_out(samples, scores, self.processes.gather)
         reached = restored is None and self.reached(row)
-        if self.stage.also and (end or reached):
-            more = of_others(self.stage, self.policy, self.processes, self.setup.options, self.rollout)
-            more |= under(self.stage.name, row) if self.stage.name in sizes.also else {}
-            if clash := sorted(row.keys() & more.keys()):
-                what = f"{clash[0]} is the score of a kind of this stage's prompts already."
-                where = f"stages.{self.stage.name}.evaluate.also"
-                raise RecipeError(what, where=where, hint="Give that stage another name.")
-            row |= more
+        figures, raised = self.look(row, samples, scores) if restored is None else ({}, [])
+        if end or reached or any(one.action != "warn" for one in raised):
+            row |= self.of_other_tasks(row)
         self.policy.calls = calls  # an evaluation's are not the next step's
         row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:
@@ -306,11 +304,20 @@ class Run:
                 set_aside(self.folder / "samples", self.at)
             sheet = write_sheet(self.folder / "samples", row, samples, scores)
             self.tracker.sheet(sheet)
-        if restored is None:
-            self.watched(row, samples, scores)
-        else:
-            self.tracker.write(row | {"restored": restored})
+        self.write(row | figures | ({} if restored is None else {"restored": restored}), raised)
         return reached
+
+    def of_other_tasks(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What `evaluate.also` asks for beside the stage's own evaluation, which is `row`."""
+        if not self.stage.also:
+            return {}
+        more = of_others(self.stage, self.policy, self.processes, self.setup.options, self.rollout)
+        more |= under(self.stage.name, row) if self.stage.name in self.stage.evaluate.also else {}
+        if clash := sorted(row.keys() & more.keys()):
+            what = f"{clash[0]} is the score of a kind of this stage's prompts already."
+            where = f"stages.{self.stage.name}.evaluate.also"
+            raise RecipeError(what, where=where, hint="Give that stage another name.")
+        return more
 
     def sample_held_out(self, prompts: tuple[Prompt, ...]) -> tuple[Samples, Scores]:
         plan = showing(self.stage, self.policy)

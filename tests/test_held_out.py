@@ -102,6 +102,35 @@ def test_it_changes_nothing_of_the_training(small_backbone: Path, tmp_path: Path
     assert calls == [r["network_calls"] for r in Metrics.read(tmp_path / "plain") if r["kind"] == "train"]
 
 
+@pytest.mark.parametrize("ending", ["an alarm", "a goal"])
+def test_an_evaluation_that_ends_a_stage_has_the_other_tasks(small_backbone: Path, tmp_path: Path, ending: str) -> None:
+    """Nobody knows beforehand that it is the last."""
+    values = described(small_backbone, ["edges"], edges=["bright"])
+    early: dict[str, Any] = {
+        "an alarm": {"monitors": {"colour": {"most": 1e-9, "action": "stop"}}},
+        "a goal": {"until": {"metric": "held_out/reward", "above": -1.0}},
+    }
+    values["stages"]["edges"] |= {"steps": 4} | early[ending]
+    values["stages"]["edges"]["evaluate"]["every"] = 1
+    _, rows = went(values, tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1], "it ended early"
+    assert all("held_out/reward/bright" in row and "monitor/colour" in row for row in rows)
+
+
+def test_monitors_do_not_look_at_other_tasks(small_backbone: Path, tmp_path: Path) -> None:
+    """They are measured at the ends alone: nothing between could be compared with them."""
+    values = described(small_backbone, edges=["bright"])
+    values["stages"]["edges"]["monitors"] = {"best_by": "held_out/reward", "colour": {"action": "roll_back"}}
+    went(values, tmp_path / "run")
+    values["stages"]["edges"]["monitors"]["best_by"] = "held_out/reward/bright"
+    with pytest.raises(RecipeError, match="two ends of stage 'edges'") as error:
+        recipe.check(recipe.resolve(values))
+    assert error.value.where == "stages.edges.monitors.best_by"
+    values["stages"]["edges"]["monitors"]["best_by"] = "held_out/strct"
+    with pytest.raises(RecipeError, match="Did you mean 'strict'"):
+        recipe.check(recipe.resolve(values))
+
+
 def test_only_columns_go_under_a_stages_name() -> None:
     row = {"held_out/strict": 0.5, "held_out/strict_se": 0.1, "held_out/strict/count": 0.4, "count": 9.0}
     assert under("edit", row) == {"held_out/strict/edit": 0.5, "held_out/strict/edit_se": 0.1}
