@@ -34,14 +34,19 @@ MOVED = 3  # times that keys and values move for a token where they are one tens
 class Known:
     """What whoever plans knows better than the recipe's limits."""
 
-    answer: float = 1.0  # share of the most tokens that answers have
+    answer: float = 1.0  # share of the most tokens that answers have, in each turn
     read: int | None = None  # tokens of the longest conversation of a batch that are not answers
+    turns: float | None = None  # of an agent, the mean
+    drawn: float = 1.0  # share of a step's answers that are drawn: those that can be, each once
 
     def __post_init__(self) -> None:
-        if not 0 < self.answer <= 1:
-            raise ValueError(f"--answer is a share above 0 and at most 1, not {self.answer}")
+        for name, share in (("answer", self.answer), ("drawn", self.drawn)):
+            if not 0 < share <= 1:
+                raise ValueError(f"--{name} is a share above 0 and at most 1, not {share}")
         if self.read is not None and self.read < 1:
             raise ValueError(f"--read must be 1 token or more, not {self.read}")
+        if self.turns is not None and not 1 <= self.turns < math.inf:
+            raise ValueError(f"--turns must be 1 or more, not {self.turns}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Conversation:
     read: float  # before the first answer, a picture's among them
     said: float  # answers
     replies: float  # in between
-    turns: int
+    turns: float
     pictures: int
     words: str  # the same for a person
 
@@ -76,7 +81,8 @@ def conversation(stage: Stage, backbone: Any, words: Words, known: Known) -> Con
     pictures = 1 if words.picture and "source" in getattr(stage.data, "gives", ()) else 0
     found = None if known.read is not None else _prompts(stage, backbone, getattr(whole, "instructions", None) or "")
     first = known.read or found or PROMPT + pictures * words.picture
-    turns = getattr(whole, "turns", 1)
+    most = getattr(whole, "turns", 1)
+    turns = most if known.turns is None else min(most, known.turns)
     replies = 0.0 if known.read is not None else (turns - 1) * getattr(whole, "observation", 0) / LETTERS
     of_kind = getattr(inspect.getmodule(type(backbone)), "LONGEST", math.inf)
     longest = float(getattr(backbone, "longest", None) or of_kind)
@@ -89,7 +95,7 @@ def conversation(stage: Stage, backbone: Any, words: Words, known: Known) -> Con
     limit = "the limit" if known.answer == 1 else f"{known.answer:.3g} of the limit"
     replies = min(replies, room - said)
     text = f"{said:,.0f} tokens, {limit}; {first:,.0f} are read before ({origin})"
-    text += f", {replies:,.0f} in between, in {turns} turns" if turns > 1 else ""
+    text += f", {replies:,.0f} in between, in {turns:.3g} turns" if turns > 1 else ""
     return Conversation(first, said, replies, turns, pictures, text)
 
 
@@ -124,11 +130,12 @@ class Writing:
         """FLOPs of what is read before an answer's first token."""
         told, words = self.told, self.words
         found = self.prompts * words.flops(told.read, 1, told.pictures)
-        for turn in range(1, told.turns):
+        for turn in range(1, math.ceil(told.turns)):
+            share = min(1.0, told.turns - turn)  # of the rows: as many have this turn
             before = told.read + turn * (told.said + told.replies) / told.turns
             new = told.replies / (told.turns - 1) if self.engine else before
             old = before - new
-            found += self.rows * words.flops(new, 1, 0 if self.engine else told.pictures, old)
+            found += self.rows * share * words.flops(new, 1, 0 if self.engine else told.pictures, old)
         return found
 
     @property

@@ -28,6 +28,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--read", type=int, metavar="TOKENS", help="of a batch's longest conversation, beside its answers"
     )
+    parser.add_argument("--turns", type=float, metavar="N", help="that an agent takes, the mean (default: its limit)")
+    parser.add_argument(
+        "--drawn", type=float, default=1.0, metavar="SHARE", help="of a step's answers: those that can be, each once"
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -42,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise RecipeError("which recipe?", hint="For instance rlkit plan RECIPE --gpus 8xH200")
     plan_devices.check(options.gpus)  # before anything is read
     try:
-        known = plan_answers.Known(options.answer, options.read)
+        known = plan_answers.Known(options.answer, options.read, options.turns, options.drawn)
     except ValueError as error:
         raise RecipeError(f"{error}.", hint="For instance --answer 0.5 --read 400.") from error
     setup = recipe.read(name, changes)
@@ -50,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     predictions = plan_stage.predict(setup, machine, known)
     if known != plan_answers.Known() and not any(one.answers for one in predictions):
         what = "no stage of this recipe writes."
-        raise RecipeError(what, where="--answer and --read", hint="Leave them out.")
+        raise RecipeError(what, where="--answer, --read, --turns and --drawn", hint="Leave them out.")
     print(
         json.dumps(described(setup, machine, predictions), indent=2)
         if options.json

@@ -168,6 +168,8 @@ def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Wor
     acts = stage.algorithm.needs().kind == "tokens"  # the network that writes is the one that learns
     writes = _writing(setup, stage, machine, words, told, acts)
     drawn = _drawn(setup, stage, parts.get("flow"), acts, calls.mean)
+    if writes.rows and acts:
+        drawn = replace(drawn, rows=drawn.rows * known.drawn)
     writer = _writer_held(setup, stage, machine, name, told, calls.mean, writes, acts)
     heard = writes.rows * words.flops(told.said, 1) if parts else 0.0  # its own words, read for the generator
     speed = _speed(setup, machine.device)
@@ -178,7 +180,7 @@ def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Wor
     samples = stage.data.per_step * stage.data.group
     shows = _writing(setup, stage, machine, words, told, acts, always=True)  # each prompt has an answer of its own
     said = shows.seconds(machine.device, speed) + (shows.rows * words.flops(told.said, 1) / speed if parts else 0.0)
-    each = said / (samples if acts else stage.data.per_step) + seconds["draw"] / samples
+    each = said / (samples if acts else stage.data.per_step) + drawn.shown * drawn.flops / machine.count / speed
     evaluations = each * _evaluated(stage)
     # Devices that have one conversation less than the busiest wait, and compute nothing.
     written = (samples if acts else stage.data.per_step) if writes.rows else 0
@@ -194,12 +196,13 @@ def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Wor
     held = trained[0][0]
     other = drawn.held if held is writer else writer
     shown = replace(calls.mean, sampled=written * (told.said + bool(parts)) + drawn.rows)
+    first = replace(calls.steps[0], sampled=shown.sampled)
     _, entry = writer_of(stage.rollout)
     alone = writes.engine and not entry.urls and machine.count > 1
     return Work(
         held=replace(held, others=0.0 if other is None else other.total),
         calls=shown,
-        first=calls.start + shown.total,
+        first=calls.start + first.total,
         flops=flops,
         seconds={phase: count for phase, count in seconds.items() if count},
         evaluations=evaluations,
@@ -269,32 +272,36 @@ def _writer_held(
 @dataclass(frozen=True)
 class Drawn:
     rows: float  # through the generator in a step, over all devices
+    shown: float  # for one sample of an evaluation
     flops: float  # of one
     held: Footprint | None  # None: nobody draws here
 
 
 def _drawn(setup: Setup, stage: Stage, part: tuple[str, Any] | None, acts: bool, calls: plan_calls.StepCalls) -> Drawn:
     """What is drawn of the words: by a part of the policy, or by the renderer of an agent. At most: equal words are not
-    drawn twice, and answers that cannot be understood not at all."""
+    drawn twice, and answers that cannot be understood not at all (`Known.drawn`)."""
     samples = stage.data.per_step * stage.data.group
     whole, _ = writer_of(stage.rollout)
     if part is not None:
         name, backbone = part
         size, way = size_of(backbone), stage.train.get(name)
         held = replace(footprint(setup, stage, 1, size, calls), lora=NOTHING if way is None else way.lora)
+        double = _double(setup.policy.guidance)
+        shown = float((stage.evaluate.steps or whole.steps) * double)
         if not acts:
-            return Drawn(calls.sampled, size.flops, held)
-        rows = samples * whole.pictures * whole.steps * _double(setup.policy.guidance)
-        return Drawn(float(rows), size.flops, replace(held, each=0.0, sets=0))
+            return Drawn(calls.sampled, shown, size.flops, held)
+        rows = samples * whole.pictures * whole.steps * double
+        return Drawn(float(rows), whole.pictures * shown, size.flops, replace(held, each=0.0, sets=0))
     told = dict(getattr(whole, "renderer", None) or {})
     if "backbone" not in told:
-        return Drawn(0.0, 0.0, None)
+        return Drawn(0.0, 0.0, 0.0, None)
     options, double = dict(told["backbone"]), _double(told.get("guidance", 1.0))
     entry = registry.build("backbones", str(options.pop("name", "")), options, "rollout.renderer.backbone")
     size, at_once = size_of(entry), min(samples, told.get("batch") or samples)
     held = footprint(setup, stage, 1, size, calls)
     held = replace(held, lora=NOTHING, each=0.0, sets=0, sampled=at_once * double, pictures=at_once)
-    return Drawn(float(samples * told.get("steps", 10) * double), size.flops, held)
+    rows = float(told.get("steps", 10) * double)
+    return Drawn(samples * rows, rows, size.flops, held)
 
 
 def _double(guidance: float) -> int:

@@ -443,6 +443,8 @@ def test_a_token_takes_as_long_as_its_memory_traffic():
         ([], ["--answer", "0"], "--answer is a share above 0"),
         ([], ["--answer", "1.5"], "--answer is a share above 0"),
         ([], ["--read", "0"], "--read must be 1 token or more"),
+        ([], ["--turns", "0.5"], "--turns must be 1 or more"),
+        ([], ["--drawn", "0"], "--drawn is a share above 0"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(changes, words, message, capsys):
@@ -493,6 +495,51 @@ def test_each_stage_of_a_policy_of_parts_has_its_own_work():
     assert understanding.size.learns == 128 * 425  # the output layer alone
     assert generation.calls.trained == 192 * 2
     assert generation.memory["others"] > 4e6  # the captioner's weights
+
+
+def test_what_is_known_of_an_agents_turns_and_of_its_pictures():
+    known = plan_answers.Known(answer=0.5, read=100, turns=2.5, drawn=0.25)
+    found = conversation_of("world_agent_grpo", known, stage=1)
+    assert (found.said, found.turns) == (2.5 * 24, 2.5)
+    assert conversation_of("world_agent_grpo", plan_answers.Known(read=100, turns=9), stage=1).turns == 4, "its limit"
+    demonstrated, learnt = predicted("world_agent_grpo", known=known)
+    assert demonstrated.calls.sampled == 32 * 10, "a teacher's answers are all drawn"
+    assert learnt.calls.sampled == 48 * 60 + 48 * 10 * 0.25
+    _, understanding, generation = predicted("world_unified", known=plan_answers.Known(drawn=0.5))
+    assert understanding.calls.sampled == 192 * 12 + 192 + 192 * 2 * 8 / 2
+    (alike,) = (one for one in predicted("world_unified") if one.stage == "generation")
+    assert generation.calls == alike.calls, "a prompt has one caption, which is drawn"
+
+
+def test_half_of_the_rows_may_have_another_turn():
+    from dataclasses import replace
+
+    two, three = (spoken(replace(TALK, turns=turns)).reading for turns in (2.0, 3.0))
+    third = 8 * SPEAKER.flops(20 + 2 * 10 / 2.5, 1)  # of ten tokens in two and a half turns, two turns stand before
+    second = 8 * SPEAKER.flops(20 + 10 / 2.5, 1)
+    assert spoken(replace(TALK, turns=2.5)).reading == pytest.approx(spoken().reading + second + third / 2)
+    assert spoken().reading < two < three
+
+
+def test_pictures_of_an_evaluation_take_the_steps_that_it_says():
+    """Of words too: their stage may draw with fewer steps than it evaluates with."""
+    few, many = (
+        predicted("world_unified", "run.order=[understanding]", f"stages.understanding.evaluate.steps={steps}")[0]
+        for steps in (8, 16)
+    )
+    assert few.step_seconds == many.step_seconds
+    size = plan_sizes.size_of(recipe.read("world_unified").policy.parts["generator"])
+    device = plan_devices.machine("H200", None).device
+    pictures = 2 * (2 * 1024 + 2 * 256)  # two of each caption
+    assert (many.hours - few.hours) * 3600 == pytest.approx(pictures * 8 * size.flops / device.fp32 / device.efficiency)
+
+
+def test_the_first_step_of_words_is_the_first(monkeypatch):
+    steps = (plan_calls.StepCalls(trained=1.0), plan_calls.StepCalls(trained=3.0))
+    monkeypatch.setattr(plan_calls, "rehearse", lambda *_: plan_calls.StageCalls(5, steps))
+    (found,) = predicted("world_captioner")
+    assert found.calls.trained == 2
+    assert found.first_calls == 5 + found.calls.sampled + 1
 
 
 def test_logits_are_what_long_answers_take():
