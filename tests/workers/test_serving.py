@@ -42,7 +42,7 @@ def test_a_folder_without_a_network(tmp_path) -> None:
 def test_without_its_entry_point_vllm_would_not_find_us(tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(serving, "entry_points", lambda group: [])
-    with pytest.raises(WorkerError, match=r"rlkit\.vllm_plugin:register is no entry point here\. Install"):
+    with pytest.raises(WorkerError, match=r"rlkit\.workers\.vllm_plugin:register is no entry point here\. Install"):
         serve(tmp_path, 0, Engine(), tmp_path / "log")
 
 
