@@ -71,6 +71,25 @@ def test_the_cards_of_the_backbones_are_what_the_registry_says() -> None:
     assert "\n".join(rows) in written, "the table in docs/backbones.md should read:\n" + "\n".join(rows)
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """As the usual renderers make them of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), f"{page.name}: there is no {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {path} has no heading {anchor}"
+
+
 @pytest.mark.readme
 def test_the_first_command_trains_as_written(tmp_path: Path) -> None:
     """In a copy of the checkout, with a new environment: install, train, and a report that shows the gain."""
