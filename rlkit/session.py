@@ -34,10 +34,11 @@ from rlkit.parts import Connector, Parts
 from rlkit.policy import Policy
 from rlkit.record import describe_held_out
 from rlkit.resources import without_encoders
+from rlkit.run import Interrupted, Run, Stop, begin
 from rlkit.shelf import Shelf
 from rlkit.stages import Setup
 from rlkit.tracking import Tracker
-from rlkit.trainer import Interrupted, Run, Stop, begin, train
+from rlkit.trainer import train
 from rlkit.types import Connection, Context, FlowModel, Plan, Prompt, TokenModel
 from rlkit.weights import Lora, Weights
 

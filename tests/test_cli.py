@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rlkit import cli, dist, recipe, registry, session, trainer
+from rlkit import cli, dist, recipe, registry, session
 from rlkit.commands import catalogue, train
 from rlkit.dist import Processes
 from rlkit.report import summary as report
+from rlkit.run import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,7 @@ def test_resume_reads_the_runs_own_recipe(trained):
 def test_an_interrupted_run_is_reported_and_ends_with_130(trained, monkeypatch, capsys):
     def stop(*arguments):
         arguments[-1]()  # `tell`
-        raise trainer.Interrupted("stopped after step 2 of 60", hint="Go on with: rlkit train --resume mine")
+        raise Interrupted("stopped after step 2 of 60", hint="Go on with: rlkit train --resume mine")
 
     monkeypatch.setattr(session, "run", stop)
     monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")

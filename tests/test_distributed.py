@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlkit import checkpoint, dist, recipe, trainer
+from rlkit import checkpoint, dist, recipe
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError
+from rlkit.run import Run
 from rlkit.tracking import Metrics
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -158,7 +159,7 @@ def test_fewer_samples_than_processes_are_refused_at_the_start():
     small = ["data.per_step=1", "data.group=3", "algorithm.window=3", "learner.batch=9"]
     stage = recipe.read("quickstart", [f"stages.main.{word}" for word in small]).stages[0]
     with pytest.raises(DistributedError, match=r"^stages\.main: 4 processes cannot share 3 samples\. Start fewer, or"):
-        trainer.Run(None, stage, None, Processes(0, 4), None, None)
+        Run(None, stage, None, Processes(0, 4), None, None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

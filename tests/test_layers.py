@@ -38,7 +38,7 @@ LEVELS = {  # files of rlkit/ and folders, the lowest first
             ("mirrors",),
             ("learner", "checkpoint", "tracking", "record", "rollouts"),
             ("monitors",),
-            ("stages", "trainer", "held_out", "session", "sources"),
+            ("stages", "run", "trainer", "held_out", "session", "sources"),
             ("recipe", "recipe_parts", "recipe_course"),
             ("report",),
             ("plan", "sweep", "bench", "arena", "evaluation", "pretrain", "serve"),

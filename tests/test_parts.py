@@ -18,10 +18,10 @@ from rlkit.data.prompts import PromptBatch, WorldPrompts
 from rlkit.errors import RecipeError
 from rlkit.parts import Parts
 from rlkit.rollouts.relay import Relay
+from rlkit.run import Interrupted, Run, begin
 from rlkit.scoring import Scoring, WeightedReward, averaged
 from rlkit.stages import Setup
 from rlkit.tracking import Metrics
-from rlkit.trainer import Interrupted, begin
 from rlkit.types import Context, FlowModel, Loss, Plan, Prompt, Samples, Scores
 
 CPU = torch.device("cpu")
@@ -455,19 +455,18 @@ def loaded_state(folder: Path) -> dict[str, Tensor]:
 def test_a_run_that_is_stopped_in_its_second_stage_goes_on_to_the_same_numbers(
     curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlkit import trainer
 
     setup = recipe.read(str(curriculum / "recipe.yaml"))
-    report = trainer.Run.report
+    report = Run.report
 
-    def stopped(self: trainer.Run, *args: Any) -> None:
+    def stopped(self: Run, *args: Any) -> None:
         report(self, *args)
         self.stop.asked = self.stage.name == "words" and self.done == 1
 
-    monkeypatch.setattr(trainer.Run, "report", stopped)
+    monkeypatch.setattr(Run, "report", stopped)
     with pytest.raises(Interrupted):
         run(tmp_path / "run", setup)
-    monkeypatch.setattr(trainer.Run, "report", report)
+    monkeypatch.setattr(Run, "report", report)
     run(tmp_path / "run", setup, resume=True)
     assert saved(tmp_path / "run").keys() == saved(curriculum / "run").keys()
     for name, one in saved(curriculum / "run").items():

@@ -14,14 +14,15 @@ import pytest
 import torch
 from held_worker import GROUP, LONG, PROMPTS, Held, seeds
 
-from rlkit import checkpoint, recipe, session, trainer
+from rlkit import checkpoint, recipe, session
 from rlkit.dist import Processes
 from rlkit.errors import RecipeError
 from rlkit.language import LanguagePolicy
+from rlkit.learner import Learner
 from rlkit.record import describe_ages
 from rlkit.rollouts import vllm
+from rlkit.run import Run
 from rlkit.tracking import Metrics, Tracker
-from rlkit.trainer import Run
 from rlkit.types import Samples, Span, Tokens
 from rlkit.workers.serving import serve
 
@@ -88,7 +89,7 @@ def described(shared: Path, /, steps: int = 3, **rollout: Any) -> dict[str, Any]
 
 def go(given: dict[str, Any], folder: Path, worker: Held, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Run it, no update being made before the whole of the next step is there; the rows of training."""
-    steps, whole = given["stages"]["main"]["steps"], trainer.Learner.step
+    steps, whole = given["stages"]["main"]["steps"], Learner.step
 
     def after_the_next(learner: Any, *given: Any) -> Any:
         done = learner.updates + 1
@@ -97,7 +98,7 @@ def go(given: dict[str, Any], folder: Path, worker: Held, patch: pytest.MonkeyPa
         return whole(learner, *given)
 
     patch.setattr(vllm, "Server", lambda url: SimpleNamespace(open=lambda: worker))
-    patch.setattr(trainer.Learner, "step", after_the_next)
+    patch.setattr(Learner, "step", after_the_next)
     session.run(recipe.resolve(given), folder, Processes(), resume=folder.exists(), quiet=True)
     return [row for row in Metrics.read(folder) if row["kind"] == "train"]
 

@@ -14,12 +14,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rlkit import checkpoint, recipe, session, trainer
+from rlkit import checkpoint, recipe, session
 from rlkit.algorithms.flow_grpo import FlowGRPO
 from rlkit.backbones import tiny
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, LossError, RecipeError, RewardError
 from rlkit.held_out import of_one_size, to_encode
+from rlkit.run import Interrupted
 from rlkit.scoring import WeightedReward
 from rlkit.stages import RunOptions
 from rlkit.tracking import Metrics
@@ -398,7 +399,7 @@ def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(tmp_path, call, 
     whole = go(rewarded(setup, brightness), tmp_path / "whole")
     folder = tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(trainer.Interrupted, match=f"rlkit train --resume {folder}"):
+    with pytest.raises(Interrupted, match=f"rlkit train --resume {folder}"):
         go(rewarded(setup, StopAt(call)), folder)
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoint.newest(folder).at == done

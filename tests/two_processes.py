@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from rlkit import dist, recipe, session, trainer
+from rlkit import dist, recipe, session
 from rlkit.dist import Processes
 from rlkit.errors import DistributedError
+from rlkit.run import Interrupted, Run
 from rlkit.scoring import WeightedReward
 from rlkit.types import Loss
 
@@ -92,7 +93,7 @@ def two_weightings(algorithm):
 def first_step(setup, processes, batch):
     """Gradients of every mini-batch of the first step, without any update: ([batches, parameters], rows here)."""
     policy = session.load_policy(setup, processes)
-    run = trainer.Run(setup, setup.stages[0], policy, processes, tracker=None, folder=None)
+    run = Run(setup, setup.stages[0], policy, processes, tracker=None, folder=None)
     run.anchor()
     context = run.context(0)
     samples = run.rollout.collect(run.prompts.draw(0, "main", 0), run.algorithm.plan(context), context)
@@ -157,7 +158,7 @@ def main(folder, backbone):
     try:
         run("stopped", build(backbone, StopSecond(), steps=4))
         stopped = "not at all"
-    except trainer.Interrupted as error:
+    except Interrupted as error:
         stopped = str(error)
     lengths = processes.gather(torch.tensor([len(stopped)]))
     results["stopped"] = [stopped, len(set(lengths.tolist()))]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from rlkit import dist, flow, recipe, session, trainer
 from rlkit.errors import RecipeError, nearest
 from rlkit.policy import Policy
+from rlkit.run import Run
 from rlkit.stages import Setup
 from rlkit.tracking import Tracker
 from rlkit.types import Backbone, Condition, FlowModel, Prompt, Samples, Scores, generator
@@ -212,7 +213,7 @@ class _Watched:
         return replace(model, encode=encode)
 
 
-class _Timed(trainer.Run):
+class _Timed(Run):
     """The run as it is, under a watch."""
 
     watch: Watch

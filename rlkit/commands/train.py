@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         _run_folder(setup, name, options.resume)  # for its errors, once and not in every process
         return _launch(options.nproc, _again(options, "--processes"))
 
-    from rlkit import dist, session, trainer
+    from rlkit import dist, session
+    from rlkit.run import Interrupted
 
     processes = dist.start(options.nproc, setup.options.device)
     folder = _same_folder(processes, _run_folder(setup, name, options.resume) if processes.first else None)
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         session.run(setup, folder, processes, options.resume is not None, command, STARTED, options.quiet, tell)
-    except trainer.Interrupted as stop:
+    except Interrupted as stop:
         if processes.first:
             print(stop, file=sys.stderr)
         code = INTERRUPTED

@@ -35,9 +35,9 @@ from rlkit.evaluation.formats import Case
 from rlkit.evaluation.suites import Suite
 from rlkit.held_out import started_rollout
 from rlkit.policy import Policy
+from rlkit.run import begin
 from rlkit.scoring import Scoring, WeightedReward
 from rlkit.stages import Setup, Stage
-from rlkit.trainer import begin
 from rlkit.types import Context, Plan, Prompt, Samples, Scores, seed_of
 
 SAMPLERS = ("ode", "sde")

@@ -23,8 +23,8 @@ from rlkit.mirrors import mirror
 from rlkit.mirrors.content import numbers, table
 from rlkit.mirrors.mirror import Mirrors
 from rlkit.record import write_sheet
+from rlkit.run import Interrupted
 from rlkit.tracking import Metrics, Tracker
-from rlkit.trainer import Interrupted
 from rlkit.types import Samples, Scores
 
 COURSE = {"stages": {"edit": {"steps": 3}, "t2i": {"steps": 2}}}

@@ -23,9 +23,10 @@ from rlkit.policy import Policy
 from rlkit.rollouts import processes as module
 from rlkit.rollouts.local import Local
 from rlkit.rollouts.processes import Processes, ProcessesRollout
+from rlkit.run import Run
 from rlkit.scoring import WeightedReward
 from rlkit.tracking import Metrics, Tracker
-from rlkit.trainer import Run, train
+from rlkit.trainer import train
 from rlkit.types import Context, FlowModel, Plan, Prompt, Samples
 from rlkit.weights import Lora
 from rlkit.workers.sample_wire import send
