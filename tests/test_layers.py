@@ -293,6 +293,24 @@ def test_every_folder_is_packaged_and_linked():
             assert link.resolve() == ROOT / place, f"type checkers look for {package} at {link}"
 
 
+def rooms() -> list[str]:
+    """The map's table: each room with its level and the first line of its docstring."""
+    rows = []
+    for name, level in LEVELS.items():
+        folder = ROOT / name if name in AT_THE_TOP else ROOT / "rlkit" / name
+        path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        if name not in ("__init__", "recipes"):
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            shown = f"{folder.relative_to(ROOT)}/" if folder.is_dir() else str(path.relative_to(ROOT))
+            rows.append(f"| {level} | `{shown}` | {said.splitlines()[0]} |")
+    return rows
+
+
+def test_the_map_has_every_room():
+    table = "\n".join(rooms())
+    assert table in (ROOT / "docs" / "map.md").read_text(encoding="utf-8"), f"the table should read:\n{table}"
+
+
 @pytest.mark.parametrize("command", [["--help"], ["list", "rewards"]], ids=" ".join)
 def test_help_and_list_import_nothing_heavy(command, tmp_path):
     probe = f"""if True:
