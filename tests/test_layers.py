@@ -39,7 +39,7 @@ LEVELS = {  # files of rlkit/ and folders, the lowest first
             ("learner", "checkpoint", "tracking", "record", "rollouts"),
             ("monitors",),
             ("stages", "run", "trainer", "held_out", "session", "sources"),
-            ("recipe", "recipe_parts", "recipe_course"),
+            ("recipe", "recipe_fits", "recipe_parts", "recipe_course"),
             ("report",),
             ("plan", "sweep", "bench", "arena", "evaluation", "pretrain", "serve"),
             ("merge", "parity"),
