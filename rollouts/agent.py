@@ -83,6 +83,10 @@ class Agent:
     def single(self) -> bool:
         return bool(getattr(self.built_writer(), "single", False))
 
+    def missing(self) -> str:
+        look = getattr(self.built_writer(), "missing", None)
+        return look() if look is not None else ""
+
     def built_writer(self) -> Any:
         options = dict(self.writer)
         return registry.build("rollouts", str(options.pop("name", "local")), options, "rollout.writer")

@@ -44,6 +44,9 @@ class Demonstrations:
     def makes(self) -> tuple[str, ...]:
         return self.agent.makes
 
+    def missing(self) -> str:
+        return self.agent.missing()
+
     def start(self, policy: LanguagePolicy, processes: Processes) -> DemonstrationsRollout:
         return DemonstrationsRollout(self, policy, processes)
 

@@ -60,6 +60,10 @@ class Relay:
         name = options.pop("name", "local")
         return registry.build("rollouts", name, options, "rollout.writer")
 
+    def missing(self) -> str:
+        look = getattr(self.captions(), "missing", None)
+        return look() if look is not None else ""
+
     def start(self, policy: Parts, processes: Processes) -> RelayRollout:
         return RelayRollout(self, policy, processes)
 

@@ -32,7 +32,7 @@ from rlkit.rollouts._token_samples import Written, samples_of
 from rlkit.types import Context, Plan, Prompt, Samples, Span, seed_of
 from rlkit.workers import push
 from rlkit.workers.pool import Patience, Pool
-from rlkit.workers.serving import Engine
+from rlkit.workers.serving import Engine, missing
 from rlkit.workers.vllm_offline import Offline
 from rlkit.workers.vllm_server import Server
 from rlkit.workers.worker import Failure, Request, WorkerError
@@ -92,6 +92,10 @@ class VLLM:
             Patience(**self.patience)
         except TypeError as error:
             raise ValueError(f"patience: {error}") from error
+
+    def missing(self) -> str:
+        """How to install what is not there; "" where nothing is missing. Servers are others' matter."""
+        return "" if self.urls else missing()
 
     def start(self, policy: LanguagePolicy, processes: Processes) -> VLLMRollout:
         if self.ahead > 1 and self.sync_for(policy, bool(self.urls)) == "lora":

