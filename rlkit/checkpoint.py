@@ -103,6 +103,16 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
+def set_aside(run: Path, after: int) -> None:
+    """Rename the checkpoints of later steps, which are damaged or they would be gone on from: they would count among
+    those that are kept, and the ones that are written now would be the old ones."""
+    for folder in _finished(run):
+        if int(folder.name) > after:
+            target = folder.with_name(f"{folder.name}-damaged")
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(folder, target)
+
+
 def _load(folder: Path) -> Checkpoint:
     from safetensors.torch import load_file
 

@@ -249,8 +249,9 @@ class Learner:
         return tensors, {"updates": self.updates}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave, and nothing else: before its first update an optimiser has no moments."""
         self.updates = int(numbers["updates"])
+        self.optimizer.state.clear()
         for name, parameter in self.policy.trainable.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
-from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError
+from rlkit.errors import DistributedError, LossError, RecipeError, RlkitError, nearest
 from rlkit.held_out import close_rollout, of_one_size, of_others, showing, under
 from rlkit.language import LanguagePolicy
 from rlkit.learner import Learner
@@ -28,7 +29,7 @@ from rlkit.record import describe_ages, describe_held_out, describe_scores, writ
 from rlkit.scoring import Scoring
 from rlkit.stages import TIMES, Setup, Stage
 from rlkit.sync import SharedMemory
-from rlkit.tracking import Tracker
+from rlkit.tracking import HELD_OUT, Metrics, Tracker
 from rlkit.types import Context, Plan, Prompt, Rows, Samples, Scores, State, Tools, seed_of
 from rlkit.weights import Weights
 
@@ -83,7 +84,8 @@ class Run:
         self.spent = dict.fromkeys(TIMES, 0.0)  # on this stage's steps so far
         self.over = False
         self.goal_reached = False  # the stage's `until`
-        self.flat: dict[str, float] = {}  # of its plateau: the best so far, and evaluations since
+        self.closed = False  # the newest evaluation is one of the stage's ends
+        self.flat: dict[str, Any] = {}  # of its plateau: the metric, the best so far, and evaluations since
         self.saved: int | None = None  # `done` of the newest checkpoint
         self.stop = stop or Stop()
         self.monitors = Watch(stage.monitors)
@@ -170,12 +172,15 @@ class Run:
             self.over = self.over or self.goal_reached or bool(self.ended_by)
         if self.ended_with("roll_back"):
             self.roll_back()
+        if self.over and not self.closed:
+            self.evaluate(end=True, decides=False)
         if self.over or self.done % self.setup.options.checkpoint_every == 0 or self.monitors.best_at == self.at:
             self.save()
 
     def open(self) -> None:
         """What comes before the first step and leaves the weights alone: are the rewards sane, what does the policy do
         untrained? A monitor may want to come back to it."""
+        self.flat, self.monitors.memory = {}, {}  # a run that was stopped here has them from this very evaluation
         self.warn_of_unread_words()
         self.check_rewards()
         self.evaluate(end=True)
@@ -187,6 +192,7 @@ class Run:
         sanity = self.stage.monitors.sanity
         if sanity is None:
             return
+        self.seed_torch(self.stage.name, "sanity")
         found = judged(sanity, self.scoring, self.processes.share, self.processes.gather)
         error = refused(sanity, found, f"stages.{self.stage.name}.monitors.sanity")
         row = {"kind": "event", "event": "sanity", "stage": self.stage.name, "step": self.done, "at": self.at}
@@ -262,22 +268,34 @@ class Run:
         until = self.stage.until
         if until is None:
             return False
-        value = float(row.get(until.metric, float("-inf")))
+        if self.timed_by_the_clock:
+            return False
+        if until.metric not in row:
+            known = [name for name in row if name.startswith(HELD_OUT) and not name.endswith("_se")]
+            what = f"the evaluations have no {until.metric!r}.{nearest(until.metric, known)}"
+            where = f"stages.{self.stage.name}.until.metric"
+            raise RecipeError(what, where=where, hint=f"Known: {', '.join(known)}.")
+        value = float(row[until.metric])
         if until.above is not None:
             return value > until.above
+        if not math.isfinite(value):  # nothing was scored: neither a rise nor none
+            return False
         best = self.flat.get("best", float("-inf"))
-        rises = value > best + until.least
-        self.flat = {"best": max(best, value), "since": 0 if rises else self.flat.get("since", 0) + 1}
-        return self.flat["since"] >= (until.plateau or 0)
+        since = 0 if value > best + until.least else self.flat.get("since", 0) + 1
+        self.flat = {"metric": until.metric, "best": max(best, value), "since": since}
+        return since >= (until.plateau or 0)
 
-    def evaluate(self, end: bool, restored: int | None = None) -> bool:
+    def evaluate(self, end: bool, restored: int | None = None, decides: bool = True) -> bool:
         """Score the held-out prompts. True when the stage's goal, `until`, is reached.
 
-        `restored`: the step whose weights were put back; the pictures of the weights that they replace are kept as
-        STEP-alarm, and the monitors do not look again.
+        end: with as many pictures as the stage's first and last have, and the other tasks that `evaluate.also` names.
+        An evaluation that ends the stage does not know it beforehand: one of that size, which decides nothing, then
+        follows it. restored: the step whose weights were put back; the pictures of the weights that they replace are
+        kept as STEP-alarm, and the monitors do not look again.
         """
-        sizes = self.stage.evaluate
-        count = sizes.ends or sizes.held_out if end else sizes.held_out
+        sizes, decides = self.stage.evaluate, decides and restored is None
+        ends = sizes.ends or sizes.held_out
+        count = ends if end else sizes.held_out
         prompts = of_one_size(self.prompts.held_out(count))
         if not prompts:
             return False
@@ -286,12 +304,14 @@ class Run:
         samples, scores = self.sample_held_out(prompts)
         row: dict[str, Any] = {"kind": "evaluation", "stage": self.stage.name, "step": self.done, "at": self.at}
         row |= describe_held_out(samples, scores, self.processes.gather)
-        reached = restored is None and self.reached(row)
-        figures, raised = self.look(row, samples, scores) if restored is None else ({}, [])
-        if end or reached or any(one.action != "warn" for one in raised):
+        reached = decides and self.reached(row)
+        figures, raised = self.look(row, samples, scores) if decides else ({}, [])
+        last = reached or any(one.action != "warn" for one in raised)
+        self.closed = end or (last and count == ends)
+        if self.closed:
             row |= self.of_other_tasks(row)
         self.policy.calls = calls  # an evaluation's are not the next step's
-        row |= {"count": len(prompts), "ends": end, "seconds/evaluate": time.monotonic() - started}
+        row |= {"count": len(prompts), "ends": self.closed, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:
             if restored is not None:
                 set_aside(self.folder / "samples", self.at)
@@ -343,6 +363,7 @@ class Run:
             stage = f"{self.stage.name} start"
             prompts = self.prompts.draw(self.setup.options.seed, stage, round)
             samples = self.rollout.collect(prompts, plan, self.context(round, stage))
+            self.seed_torch(stage, round)
             return samples, self.scoring(samples, self.processes.gather)
 
         with self.timed("start"):
@@ -409,6 +430,15 @@ class Run:
         self.saved = self.done
         self.processes.wait()
 
+    def spent_by_the_record(self) -> dict[str, float]:
+        """The stage's times so far, of a run that had no goal by the clock when it was stopped, and now has one."""
+        if not self.timed_by_the_clock:
+            return {}
+        rows = Metrics.read(self.folder)
+        steps = [row for row in rows if row.get("kind") == "train" and row.get("stage") == self.stage.name]
+        clock = sum(value for row in steps for key, value in row.items() if key.startswith("seconds/"))
+        return dict(zip(TIMES, (clock, sum(row["cpu_seconds"] for row in steps)), strict=True))
+
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Weights, sets, optimiser and the algorithm's state as a checkpoint of this stage has them."""
 
@@ -417,6 +447,7 @@ class Run:
 
         self.policy.load_state(part("policy/"))
         self.learner.load_state(part("optimizer/"), saved.numbers["learner"])
+        self.state.clear()
         self.state.update(part("state/") | saved.numbers["state"])
         # What is in the checkpoint is the stage's start, or where the algorithm has moved its reference since.
         if not any(name.startswith("policy/reference/") for name in saved.tensors):
@@ -431,16 +462,17 @@ class Run:
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.done = self.saved = int(saved.numbers["done"])
         self.offset = saved.at - self.done
-        self.spent |= saved.numbers["spent"] or {}
+        self.spent |= saved.numbers["spent"] or self.spent_by_the_record()
         # `steps` and `until` may have changed since, so that a stage which was over may go on, or end here.
         until = asdict(self.stage.until) if self.stage.until else None
         self.goal_reached = until is not None and until == saved.numbers["reached"]
-        self.flat = saved.numbers.get("flat", {})
+        flat = saved.numbers.get("flat", {})
+        self.flat = flat if self.stage.until and flat.get("metric") == self.stage.until.metric else {}
         self.monitors.memory = saved.numbers.get("monitors", {})
         # Whoever changes a monitor that has ended the stage wants it to go on.
         ended_by = saved.numbers.get("ended_by", {})
         self.ended_by = {name: then for name, then in ended_by.items() if then == self.monitors.options(name)}
-        self.over = self.goal_reached or self.done >= self.stage.steps or bool(self.ended_by)
+        self.over = self.goal_reached or self.done >= self.stage.steps or self.out_of_time() or bool(self.ended_by)
         self.load(saved)
         self.sync.push(self.rollout, version=self.done)  # what it samples is of this step, not of the stage's start
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from rlkit import checkpoint
 from rlkit.data.prompts import PromptBatch
 from rlkit.dist import Processes
-from rlkit.errors import CheckpointError, DataError, RecipeError
+from rlkit.errors import CheckpointError, DataError, RecipeError, RlkitError
 from rlkit.held_out import prompts_of, score, showing, started_rollout, to_encode
 from rlkit.language import LanguagePolicy
 from rlkit.parts import Connector, Parts
@@ -37,7 +37,7 @@ from rlkit.resources import without_encoders
 from rlkit.run import Interrupted, Run, Stop, begin
 from rlkit.shelf import Shelf
 from rlkit.stages import Setup
-from rlkit.tracking import Tracker
+from rlkit.tracking import Metrics, Tracker
 from rlkit.trainer import train
 from rlkit.types import Connection, Context, FlowModel, Plan, Prompt, TokenModel
 from rlkit.weights import Lora, Weights
@@ -63,11 +63,28 @@ def run(
     process does once the run is over or was stopped, while its mirrors are there; the files it names are for them too.
     Raises Interrupted once the run was asked to stop and has saved itself; CheckpointError, RewardError, DataError.
     """
+    with _alone(folder, processes):
+        _run(setup, folder, processes, resume, command, started, quiet, tell)
+
+
+def _run(
+    setup: Setup,
+    folder: Path,
+    processes: Processes,
+    resume: bool,
+    command: str,
+    started: float | None,
+    quiet: bool,
+    tell: Callable[[], Sequence[Path]],
+) -> None:
     started = time.monotonic() if started is None else started
     saved = checkpoint.newest(folder) if resume else None
     if saved:
         same_recipe(setup, saved)
-    _prepare(setup, folder, processes, command, resume)
+    if resume:
+        Metrics.read(folder)  # for its errors, before anything is written or loaded
+    look_ahead(setup)
+    _prepare(setup, folder, processes, command, resume, saved)
     tracker = Tracker(
         folder,
         config=setup.recipe,
@@ -101,19 +118,8 @@ def run(
             moments: dict[str, Tensor] | None = None
             for number, stage in enumerate(setup.stages[first:], first):
                 under_way = Run(setup, stage, policy, processes, tracker, folder, at, stop)
-                resumed = saved is not None and saved.numbers["stage"] == stage.name
-                if not resumed:
-                    under_way.take_over(moments)
-                under_way.anchor()
-                if saved and resumed:
-                    under_way.restore(saved)
-                tracker.stage(stage.name, stage.steps, under_way.done)
-                if under_way.done == 0 and under_way.saved is None:
-                    under_way.begin()
-                if under_way.done == 0:
-                    under_way.stop_if_asked()
-                    under_way.open()
                 try:
+                    _begin(under_way, moments, saved)
                     train(under_way)
                 finally:
                     under_way.close()
@@ -133,6 +139,65 @@ def run(
         tracker.keep(tell)
     finally:
         tracker.close()
+
+
+@contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Hold the run folder. CheckpointError while another process trains in it: each would undo what the other writes.
+
+    The lock is the folder's own and ends with the process, however that ends.
+    """
+    if not processes.first:
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            hint = "Wait until it ends, or stop it with Ctrl+C; then resume."
+            raise CheckpointError("another process trains in this folder.", where=str(folder), hint=hint) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def look_ahead(setup: Setup) -> None:
+    """What every stage needs of this machine, before the first one has begun: files of prompts, pairs to judge rewards
+    by, and what its rollout says is not installed. RlkitError names the stage."""
+    for stage in setup.every_stage():
+        at, sanity = f"stages.{stage.name}", stage.monitors.sanity
+        missing = getattr(stage.rollout, "missing", None)
+        if missing is not None and (hint := missing()):
+            raise RecipeError("needs what is not installed here.", where=f"{at}.rollout", hint=hint)
+        for key, look in (("data", stage.data.open), ("monitors.sanity", getattr(sanity, "pairs", None))):
+            try:
+                if look is not None:
+                    look()
+            except RlkitError as error:
+                error.where = f"{at}.{key}: {error.where}" if error.where else f"{at}.{key}"
+                raise
+
+
+def _begin(run: Run, moments: dict[str, Tensor] | None, saved: checkpoint.Checkpoint | None) -> None:
+    """What a stage does before its steps: take over from the one before, or go on where it was stopped."""
+    if saved is not None and saved.numbers["stage"] == run.stage.name:
+        run.anchor()
+        run.restore(saved)
+    else:
+        run.take_over(moments)
+        run.anchor()
+    run.tracker.stage(run.stage.name, run.stage.steps, run.done)
+    if run.done == 0 and run.saved is None:
+        run.begin()
+    if run.done == 0:
+        run.stop_if_asked()
+        run.open()
 
 
 def load_policy(
@@ -315,12 +380,20 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _prepare(setup: Setup, folder: Path, processes: Processes, command: str, resume: bool) -> None:
-    """The files that say what the run is. A resumed run keeps those of its start."""
+def _prepare(
+    setup: Setup,
+    folder: Path,
+    processes: Processes,
+    command: str,
+    resume: bool,
+    saved: checkpoint.Checkpoint | None,
+) -> None:
+    """The files that say what the run is. A resumed run keeps those of its start, and no checkpoint beyond `saved`."""
     if processes.first:
         import yaml
 
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.set_aside(folder, saved.at if saved else -1)
         if not (resume and (folder / "environment.json").exists()):
             (folder / "environment.json").write_text(json.dumps(environment(processes, command), indent=1) + "\n")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(setup.recipe, sort_keys=False, allow_unicode=True))

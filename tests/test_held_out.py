@@ -113,8 +113,12 @@ def test_an_evaluation_that_ends_a_stage_has_the_other_tasks(small_backbone: Pat
     values["stages"]["edges"] |= {"steps": 4} | early[ending]
     values["stages"]["edges"]["evaluate"]["every"] = 1
     _, rows = went(values, tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1], "it ended early"
-    assert all("held_out/reward/bright" in row and "monitor/colour" in row for row in rows)
+    assert [(row["step"], row["count"], row["ends"]) for row in rows] == [(0, 6, True), (1, 4, False), (1, 6, True)]
+    assert ["held_out/reward/bright" in row for row in rows] == [True, False, True]
+    values["stages"]["edges"]["evaluate"]["held_out"] = 6
+    _, rows = went(values, tmp_path / "once")
+    assert [(row["step"], row["ends"]) for row in rows] == [(0, True), (1, True)], "it had the right size already"
+    assert all("held_out/reward/bright" in row for row in rows)
 
 
 def test_monitors_do_not_look_at_other_tasks(small_backbone: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from rlkit.backbones import tiny
 from rlkit.dist import Processes
 from rlkit.errors import CheckpointError, DataError, LossError, RecipeError, RewardError
 from rlkit.held_out import of_one_size, to_encode
-from rlkit.run import Interrupted
+from rlkit.learner import Learner
+from rlkit.run import Interrupted, Run
 from rlkit.scoring import WeightedReward
-from rlkit.stages import RunOptions
+from rlkit.stages import RunOptions, Until
 from rlkit.tracking import Metrics
 from rlkit.types import Prompt
 
@@ -516,6 +517,191 @@ def test_options_of_a_run_are_checked(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         RunOptions(**options)
+
+
+class Told:
+    """Scores an evaluation (16 samples) with the next of these values, and may press Ctrl+C at the first."""
+
+    def __init__(self, *values, stop=False):
+        self.values, self.stop = list(values), stop
+
+    def __call__(self, samples):
+        if len(samples) != 16:
+            return brightness(samples)
+        if self.stop:
+            self.stop = False
+            os.kill(os.getpid(), signal.SIGINT)
+        return brightness(samples) * 0 + self.values.pop(0)
+
+
+def test_an_opening_that_was_broken_off_counts_once_for_a_plateau(tmp_path):
+    until = {"metric": "held_out/reward", "plateau": 2}
+    setup = build({"main": {"steps": 9, "until": until, "evaluate": {"every": 1}}})
+    whole = go(rewarded(setup, Told(0.3, 0.2, 0.5, 0.4, 0.4)), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        go(rewarded(setup, Told(0.3, stop=True)), tmp_path / "run")
+    again = go(rewarded(setup, Told(0.3, 0.2, 0.5, 0.4, 0.4)), tmp_path / "run", resume=True)
+    assert [row["step"] for row in of(whole, "evaluation")] == [0, 1, 2, 3, 4]
+    assert measured(again) == measured(whole)
+
+
+def test_a_stage_that_ended_by_its_time_trains_no_more_when_resumed(tmp_path):
+    setup = build({"first": {"steps": 9, "until": {"metric": "cpu_seconds", "above": 1e-9}}, "second": {"steps": 1}})
+    rows = go(setup, tmp_path / "whole")
+    again = go(setup, cut(tmp_path / "whole", tmp_path / "run", at=1), resume=True)
+    assert [(row["stage"], row["at"]) for row in of(again, "train")] == [("first", 1), ("second", 2)]
+    assert [(row["stage"], row["at"]) for row in of(rows, "train")] == [("first", 1), ("second", 2)]
+
+
+def test_another_goal_has_a_plateau_of_its_own(tmp_path):
+    def until(metric, plateau):
+        return {"until": {"metric": metric, "plateau": plateau, "least": 5.0}, "steps": 9, "evaluate": {"every": 1}}
+
+    rows = go(build({"main": until("held_out/reward", 1)}), tmp_path)
+    assert of(rows, "train")[-1]["step"] == 1
+    rows = go(build({"main": until("held_out/strict", 2)}), tmp_path, resume=True)
+    assert of(rows, "train")[-1]["step"] == 4, "the first evaluation rises, the two after it do not"
+
+
+def test_a_goal_by_the_clock_that_comes_later_counts_the_time_so_far(tmp_path):
+    go(build({"main": {"steps": 2}}), tmp_path)
+    goal = {"metric": "cpu_seconds", "above": 1e9}
+    rows = go(build({"main": {"steps": 3, "until": goal}}), tmp_path, resume=True)
+    spent = checkpoint.newest(tmp_path).numbers["spent"]["cpu_seconds"]
+    assert spent == pytest.approx(sum(row["cpu_seconds"] for row in of(rows, "train")))
+
+
+@pytest.mark.parametrize("ends", [24, None])
+def test_a_stage_that_reaches_its_goal_is_measured_as_at_its_begin(tmp_path, ends):
+    until = {"metric": "held_out/reward", "above": -1.0}
+    setup = build({"main": {"steps": 9, "until": until, "evaluate": {"every": 2, "ends": ends}}})
+    rows = of(go(setup, tmp_path), "evaluation")
+    more = [(0, 24, True), (2, 16, False), (2, 24, True)] if ends else [(0, 16, True), (2, 16, True)]
+    assert [(row["step"], row["count"], row["ends"]) for row in rows] == more
+
+
+def test_a_goal_that_no_evaluation_measures_is_refused_at_the_first(tmp_path):
+    """A kind of prompt is not always known beforehand. Else the stage would wait to its last step."""
+    until = {"metric": "held_out/brightness/singel", "above": 0.5}
+    setup = rewarded(build({"main": {"steps": 2, "evaluate": {"every": 1}}}), brightness)
+    stage = replace(setup.stages[0], until=Until(**until))
+    with pytest.raises(RecipeError, match="no 'held_out/brightness/singel'") as error:
+        go(replace(setup, stages=(stage,)), tmp_path)
+    assert error.value.where == "stages.main.until.metric"
+    assert not of(Metrics.read(tmp_path), "train")
+
+
+def test_an_evaluation_without_a_score_is_no_sign_of_a_plateau(tmp_path):
+    until = {"metric": "held_out/reward", "plateau": 1}
+    setup = build({"main": {"steps": 3, "until": until, "evaluate": {"every": 1}}}, max_unscored=1.0)
+    rows = go(rewarded(setup, Told(0.3, math.nan, 0.4, 0.2)), tmp_path)
+    assert [row["step"] for row in of(rows, "train")] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_takes_nobodys_place(plain, tmp_path):
+    """With one to be kept, those that are written after it would be the older ones, and go."""
+    _, folder, rows = plain
+    run = cut(folder, tmp_path / "run", at=0)
+    shutil.copytree(folder / "checkpoints" / "000003", run / "checkpoints" / "000100")
+    (run / "checkpoints" / "000100" / "numbers.json").unlink()
+    setup = build({"main": {"steps": 3, "evaluate": {"every": 2, "ends": 24}}}, keep_checkpoints=1)
+    assert measured(go(setup, run, resume=True)) == measured(rows)
+    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["000003", "000100-damaged"]
+    assert checkpoint.newest(run).at == 3
+
+
+def test_an_optimiser_that_goes_back_to_its_start_has_no_moments():
+    setup = build()
+    learner = Learner(session.load_policy(setup), setup.stages[0].learner, Processes())
+    for parameter in learner.policy.trainable.values():
+        parameter.grad = torch.ones_like(parameter)
+    learner.optimizer.step()
+    assert learner.state()[0]
+    learner.load_state({}, {"updates": 0})
+    assert learner.state()[0] == {}
+
+
+@dataclass(frozen=True)
+class Calibrated(FlowGRPO):
+    """Remembers what its first samples were given."""
+
+    def start(self, tools):
+        _, scores = tools.sample(self.plan(tools.context), 0)
+        return {"seen": scores.raw.clone()}
+
+
+def test_what_calibrates_an_algorithm_draws_the_same_after_a_resume(tmp_path):
+    def drawing(samples):
+        return brightness(samples) + torch.rand(len(samples))
+
+    setup = rewarded(build({"first": {"steps": 1}, "second": {"steps": 1}}), drawing)
+    algorithm = Calibrated(**{one.name: getattr(setup.stages[1].algorithm, one.name) for one in fields(FlowGRPO)})
+    setup = replace(setup, stages=(setup.stages[0], replace(setup.stages[1], algorithm=algorithm)))
+    go(setup, tmp_path / "whole")
+    torch.rand(7)
+    go(setup, cut(tmp_path / "whole", tmp_path / "run", at=1), resume=True)
+    assert "state/seen" in checkpoint.newest(tmp_path / "run").tensors
+    same_end(tmp_path / "whole", tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------- before the first stage
+
+
+class Lacking:
+    steps, kind = 4, "flow"
+
+    def missing(self):
+        return "Run: pip install it."
+
+
+AHEAD = {
+    "prompts": ({"data": {"name": "prompts", "path": "nowhere.txt"}}, "stages.second.data: nowhere.txt"),
+    "pairs": ({"monitors": {"sanity": {"path": "nowhere.jsonl"}}}, "stages.second.monitors.sanity: nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_what_a_later_stage_lacks_is_said_before_the_first_one_begins(tmp_path, case):
+    changes, where = AHEAD[case]
+    with pytest.raises(DataError) as error:
+        go(build({"first": {}, "second": changes}), tmp_path)
+    assert error.value.where == where
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_later_stages_rollout_says_what_it_lacks_before_the_first_one_begins(tmp_path):
+    setup = build({"first": {}, "second": {}})
+    setup = replace(setup, stages=(setup.stages[0], replace(setup.stages[1], rollout=Lacking())))
+    with pytest.raises(RecipeError, match=r"not installed here. Run: pip install it\.") as error:
+        go(setup, tmp_path)
+    assert error.value.where == "stages.second.rollout"
+
+
+def test_two_processes_do_not_train_in_one_folder(plain, tmp_path):
+    setup, folder, rows = plain
+    run = cut(folder, tmp_path / "run", at=2)
+    with session._alone(run, Processes()), pytest.raises(CheckpointError, match="another process trains"):
+        go(setup, run, resume=True)
+    assert measured(go(setup, run, resume=True)) == measured(rows), "it went away, and nothing was changed"
+
+
+def test_a_broken_record_is_refused_before_anything_is_loaded(plain, tmp_path, monkeypatch):
+    setup, folder, _ = plain
+    run = cut(folder, tmp_path / "run", at=2)
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("{broken\n" + text)
+    monkeypatch.setattr(session, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
+        go(setup, run, resume=True)
+
+
+def test_a_stage_that_cannot_open_lets_go_of_what_it_has_started(tmp_path, monkeypatch):
+    closed = []
+    close = Run.close
+    monkeypatch.setattr(Run, "close", lambda run: (closed.append(run.stage.name), close(run)))
+    with pytest.raises(RewardError):
+        go(rewarded(build(), Broken(math.nan, count=99)), tmp_path)
+    assert closed == ["main"]
 
 
 # --------------------------------------------------------------------------------------------- what goes wrong

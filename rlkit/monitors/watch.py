@@ -77,7 +77,7 @@ class Watch:
         for name, monitor in vars(self.monitors).items():
             if getattr(monitor, "moment", None) != reading.row["kind"]:
                 continue
-            own = self.memory.setdefault(name, {})
+            own = self._memory_of(name)
             finding = monitor.look(reading, own)
             if finding is None:
                 continue
@@ -89,8 +89,22 @@ class Watch:
             self._note_best(reading)
         return columns, raised
 
+    def _memory_of(self, name: str) -> Memory:
+        """What a monitor remembers. One whose options were changed before a resume raises its alarm again, since that
+        may do something else now; with another window it begins anew."""
+        own, options = self.memory.setdefault(name, {}), self.options(name) or {}
+        before = own.get("options", options)
+        if before.get("window") != options.get("window"):
+            own.clear()
+        elif before != options:
+            own.pop("alarmed", None)
+        own["options"] = options
+        return own
+
     def _note_best(self, reading: Reading) -> None:
         """The earliest of the best evaluations: later ones must be better by something."""
+        if self.memory.get("best", {}).get("by", self.monitors.best_by) != self.monitors.best_by is not None:
+            del self.memory["best"]  # of a column that the recipe had before
         if "best" not in self.memory:
             members = panel(reading)
             column = self.monitors.best_by or next(iter(members), f"{HELD_OUT}reward")

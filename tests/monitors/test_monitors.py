@@ -446,6 +446,54 @@ def test_the_best_evaluation_is_the_earliest_of_the_best():
     assert Watch(Monitors()).best_at is None, "nobody will go back"
 
 
+def stepped(spread):
+    return reading({"reward/group_std": spread, "zero_std": 0.0}, kind="train")
+
+
+def test_a_shorter_window_begins_anew():
+    """Ten values over five would be a spread that had been twice as large."""
+    watch = Watch(Monitors(spread=Spread(window=4)))
+    for _ in range(8):
+        columns, _ = watch.look(stepped(0.3))
+    assert columns["monitor/spread"] == pytest.approx(1.0)
+    resumed = Watch(Monitors(spread=Spread(window=2)))
+    resumed.memory = json.loads(json.dumps(watch.memory))
+    seen = [resumed.look(stepped(0.3))[0] for _ in range(4)]
+    assert ["monitor/spread" in one for one in seen] == [False, False, False, True]
+    assert seen[-1]["monitor/spread"] == pytest.approx(1.0)
+
+
+def test_an_alarm_that_now_does_something_else_is_raised_again():
+    """It stood when the run was stopped; whoever then writes `stop` wants it to stop."""
+    watch = Watch(Monitors(colour=None, held_out=HeldOut(in_a_row=1)))
+    falls = [evaluated(0.1, 0.5), evaluated(0.3, 0.1)]
+    assert [len(watch.look(one)[1]) for one in [*falls, falls[1]]] == [0, 1, 0], "said once"
+    for options, again in (({}, 0), ({"action": "stop"}, 1)):
+        resumed = Watch(Monitors(colour=None, held_out=HeldOut(in_a_row=1, **options)))
+        resumed.memory = json.loads(json.dumps(watch.memory))
+        assert [one.action for one in resumed.look(falls[1])[1]] == ["stop"] * again
+
+
+def test_the_best_by_another_column_is_looked_for_anew():
+    def watching(by):
+        return Watch(Monitors(best_by=by, colour=Colour(action="roll_back")))
+
+    watch = watching("held_out/reward")
+    for at, total, watched in ((0, 0.9, 0.1), (2, 0.5, 0.2)):
+        one = evaluated(total, watched)
+        watch.look(replace(one, row=one.row | {"at": at}))
+    assert watch.best_at == 0
+    resumed = watching("held_out/watched")
+    resumed.memory = json.loads(json.dumps(watch.memory))
+    one = evaluated(0.4, 0.3)
+    resumed.look(replace(one, row=one.row | {"at": 4}))
+    assert (resumed.best_at, resumed.memory["best"]["by"]) == (4, "held_out/watched")
+    kept = watching(None)
+    kept.memory = json.loads(json.dumps(watch.memory))
+    kept.look(replace(one, row=one.row | {"at": 4}))
+    assert kept.best_at == 0, "it is asked for nothing else"
+
+
 def test_best_by_is_a_column_of_the_evaluations():
     watch = Watch(Monitors(best_by="held_out/wached", colour=Colour(action="roll_back")))
     with pytest.raises(RecipeError, match=r"no 'held_out/wached'. Did you mean 'held_out/watched'\?"):
