@@ -395,9 +395,16 @@ def _prepare(
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.set_aside(folder, saved.at if saved else -1)
         if not (resume and (folder / "environment.json").exists()):
-            (folder / "environment.json").write_text(json.dumps(environment(processes, command), indent=1) + "\n")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(setup.recipe, sort_keys=False, allow_unicode=True))
+            _write(folder / "environment.json", json.dumps(environment(processes, command), indent=1) + "\n")
+        _write(folder / "recipe.yaml", yaml.safe_dump(setup.recipe, sort_keys=False, allow_unicode=True))
     processes.wait()
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all: the run cannot go on without it."""
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(text)
+    draft.replace(file)
 
 
 def environment(processes: Processes, command: str) -> dict[str, Any]:
