@@ -113,12 +113,18 @@ def start(asked: int = 1, device: str = "auto") -> Processes:
             hint=f"Start with: rlkit train RECIPE --nproc {asked}",
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind, _, number = chosen.partition(":")
+    if number and asked > 1:
+        what = f"{asked} processes cannot share the one device {device}"
+        raise DistributedError(what, where="run.device", hint=f"Use run.device={kind}: each process takes its own.")
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise DistributedError("no CUDA device is available", where="run.device", hint="Use run.device=cpu")
-        torch.cuda.set_device(local)
-    place = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+        index = int(number or local)
+        if index >= torch.cuda.device_count():
+            which = f"CUDA device {index}" if torch.cuda.is_available() else "CUDA device"
+            raise DistributedError(f"no {which} is available", where="run.device", hint="Use run.device=cpu")
+        torch.cuda.set_device(index)
+    place = torch.device("cuda", index) if kind == "cuda" else torch.device(chosen)
     if asked == 1:
         return Processes(device=place)
     backend = "nccl" if kind == "cuda" else "gloo"

@@ -155,6 +155,35 @@ def test_another_number_of_processes_than_asked_for(monkeypatch, made, asked):
         dist.start(asked, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "place"), [("cuda", 1, "cuda:0"), ("cuda:1", 2, "cuda:1"), ("auto", 2, "cuda:0")]
+)
+def test_a_run_has_the_device_that_it_names(monkeypatch, device, there, place):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert dist.start(1, device).device == torch.device(place)
+    assert chosen == [torch.device(place).index]
+
+
+@pytest.mark.parametrize(
+    ("made", "device", "there", "message"),
+    [
+        (1, "cuda", 0, "no CUDA device is available. Use run.device=cpu"),
+        (1, "cuda:2", 2, "no CUDA device 2 is available"),
+        (2, "cuda:0", 2, "2 processes cannot share the one device cuda:0. Use run.device=cuda"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, made, device, there, message):
+    monkeypatch.setenv("WORLD_SIZE", str(made))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(DistributedError, match=message):
+        dist.start(made, device)
+
+
 def test_fewer_samples_than_processes_are_refused_at_the_start():
     small = ["data.per_step=1", "data.group=3", "algorithm.window=3", "learner.batch=9"]
     stage = recipe.read("quickstart", [f"stages.main.{word}" for word in small]).stages[0]
