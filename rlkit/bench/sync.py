@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit import recipe
 from rlkit.errors import nearest
-from rlkit.workers.serving import INSTALL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from rlkit.types import Samples
 
 STRATEGIES = ("file", "gloo", "lora")
-WITHOUT_VLLM = f"no strategy was measured: vllm is not installed. {INSTALL}"
 RECIPE = "world_captioner"
 STAGE = "stages.main"
 SMALL = (  # 16 answers
@@ -105,14 +103,20 @@ def run(options: argparse.Namespace) -> int:
 
     with _torch_as_it_was(options.threads):
         carried = bench_transport.transports(int(options.gigabytes * 1e9), options.times, options.threads)
-        there = find_spec("vllm") is not None
-        rows = [strategy(name, options.times, options.threads) for name in options.strategies] if there else []
+        lacking = "" if find_spec("vllm") else without_vllm()
+        rows = [strategy(name, options.times, options.threads) for name in options.strategies] if not lacking else []
     if options.json:
         found = {"rows": [asdict(one) for one in rows], "transports": [asdict(one) for one in carried]}
-        print(json.dumps(found | {"threads": options.threads, "missing": None if there else WITHOUT_VLLM}, indent=2))
+        print(json.dumps(found | {"threads": options.threads, "missing": lacking or None}, indent=2))
     else:
-        print(table(rows, carried, options.threads) + ("" if there else f"\n{WITHOUT_VLLM}"))
+        print(table(rows, carried, options.threads) + (f"\n{lacking}" if lacking else ""))
     return 0
+
+
+def without_vllm() -> str:
+    from rlkit.workers.serving import INSTALL  # which imports torch
+
+    return f"no strategy was measured: vllm is not installed. {INSTALL}"
 
 
 @contextmanager

@@ -240,10 +240,10 @@ def test_without_vllm_the_transports_are_measured_and_one_line_says_so(quick, mo
     assert bench_sync.run(parsed("--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], len(found["transports"])) == ([], 1)
-    assert found["missing"] == bench_sync.WITHOUT_VLLM
+    assert found["missing"] == bench_sync.without_vllm()
     assert bench_sync.run(parsed()) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == bench_sync.WITHOUT_VLLM
+    assert said.splitlines()[-1] == bench_sync.without_vllm()
     assert "strategy  " not in said
     assert [len(one) for one in quick] == [4, 4], "the transports alone"
 
