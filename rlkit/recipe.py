@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,8 +161,12 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     from rlkit.monitors.watch import Monitors
     from rlkit.stages import Carry, Evaluation, Stage, Until
     from rlkit.total import Total
+    from rlkit.tracking import HELD_OUT
 
     where = f"stages.{name}"
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
+        what = "a stage's name is of letters, digits, _ and -, and begins with a letter or _."
+        raise RecipeError(what, where=where, hint="It stands in the names of files and columns, and in run.order.")
     node = _mapping(node, where)
     for key in ("policy", "backbone"):
         if key in node:
@@ -188,6 +193,9 @@ def _stage(name: str, node: Any, parts: Sequence[str]) -> tuple[Stage, Recipe]:
     monitors = Monitors.none() if off else registry.construct(Monitors, said, at, what="monitors")
     at = f"{where}.until"
     limit = _mapping(node.get("until"), at)
+    if limit and limit.get("metric") is None:
+        hint = f"Write for instance {{metric: {HELD_OUT}strict, above: 0.9}}."
+        raise RecipeError("names no metric to end on.", where=at, hint=hint)
     until = registry.construct(Until, limit, at, what="until") if limit else None
     at = f"{where}.carry"
     carry = registry.construct(Carry, _mapping(node.get("carry"), at), at, what="carry")

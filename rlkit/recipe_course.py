@@ -126,27 +126,58 @@ def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
     if not stage.evaluate.held_out or not stage.evaluate.every:
         what = f"the stage waits for {until.metric!r}, and nothing is evaluated before its last step."
         raise RecipeError(what, where=f"{where}.until.metric", hint=f"Set {where}.evaluate.every and .held_out.")
+    made = 1 + (stage.steps - 1) // stage.evaluate.every  # the opening one, which the others are compared with
+    if until.plateau is not None and made < until.plateau + 1:
+        needed = f"needs {until.plateau + 1} evaluations, the opening one counted"
+        what = f"a plateau of {until.plateau} {needed}, and the stage makes {made} before its last step."
+        hint = f"Lower it or {where}.evaluate.every, raise {where}.steps, or say {where}.until: null."
+        raise RecipeError(what, where=f"{where}.until.plateau", hint=hint)
 
 
 def _check_best(stage: Stage) -> None:
-    by = stage.monitors.best_by
-    if by is not None and stage.monitors.rolls_back:
-        _check_measured(stage, by, f"stages.{stage.name}.monitors.best_by")
+    where = f"stages.{stage.name}"
+    if stage.monitors.best_by is not None:
+        _check_measured(stage, stage.monitors.best_by, f"{where}.monitors.best_by")
+    if stage.monitors.rolls_back and not (stage.evaluate.held_out or stage.evaluate.ends):
+        name = next(name for name, one in vars(stage.monitors).items() if getattr(one, "action", None) == "roll_back")
+        what = "goes back to the weights of the best evaluation, and the stage makes none."
+        hint = f"Set {where}.evaluate.held_out, or action: stop."
+        raise RecipeError(what, where=f"{where}.monitors.{name}.action", hint=hint)
 
 
 def _check_measured(stage: Stage, metric: str, where: str) -> None:
     """That an evaluation of this stage gives the number; `NAME/KIND` is that of one kind of prompt, and not looked
-    into."""
+    into where only the prompts know their kinds."""
     from rlkit.tracking import HELD_OUT
 
-    name = metric.removeprefix(HELD_OUT).removesuffix("_se")
-    if name.rpartition("/")[2] in {one.name for one in stage.also}:
+    name = metric.removeprefix(HELD_OUT)
+    column, _, last = name.rpartition("/")
+    if last.removesuffix("_se") in {one.name for one in stage.also}:
         what = f"{metric!r} is measured at the two ends of stage {stage.name!r} alone."
         raise RecipeError(what, where=where, hint=f"Name one of the stage's own, such as {HELD_OUT}reward.")
     known = measured(stage)
-    if known is not None and name not in known and name.rpartition("/")[0] not in known:
+    if known is None or name.removesuffix("_se") in known:
+        return
+    if column not in known:
         what = f"no evaluation of stage {stage.name!r} gives {metric!r}.{nearest(name, known)}"
         raise RecipeError(what, where=where, hint=f"It gives: {', '.join(HELD_OUT + one for one in known)}.")
+    kinds = _kinds(stage.data)
+    if kinds is not None and last not in kinds:
+        what = f"no evaluation of stage {stage.name!r} gives {metric!r}.{nearest(last, kinds)}"
+        raise RecipeError(what, where=where, hint=f"Its kinds of prompts: {', '.join(kinds)}.")
+
+
+def _kinds(data: Any) -> tuple[str, ...] | None:
+    """The kinds of the prompts that an evaluation samples; None: only the prompts know. The embedded world evaluates
+    on all of a task's, whatever is trained on."""
+    from rlkit.data.prompts import PairFile, WorldPrompts
+    from rlkit.world import atlas, grammar, instructions
+
+    if isinstance(data, PairFile) and data.held_out_split:
+        return tuple(grammar.KINDS)
+    if not isinstance(data, WorldPrompts):
+        return None
+    return tuple({"caption": grammar.KINDS, "agent": atlas.KINDS}.get(data.task) or instructions.kinds(data.task))
 
 
 def _check_carry(stage: Stage, before: Stage | None) -> None:

@@ -34,6 +34,12 @@ def is_override(word: str) -> bool:
     return bool(re.match(r"[~+]*[^\s=/]+=|~", word))
 
 
+def refuse_key_alone(word: str) -> None:
+    """RecipeError for a word that stands where a recipe does, and is a key that lacks its value."""
+    if re.match(rf"({'|'.join(TOP)})\.", word) and not word.endswith((".yaml", ".yml")) and not Path(word).exists():
+        raise RecipeError(f"{word!r} is a key, and lacks its =value.", where=COMMAND_LINE, hint=f"Write {word}=VALUE")
+
+
 def find(name_or_path: str) -> Path:
     """The file of a recipe: a built-in one by its name, or any file by its path."""
     built_in = registry.recipes()
@@ -45,6 +51,7 @@ def find(name_or_path: str) -> Path:
     if path.is_dir():
         hint = "Name a recipe, or a file in it; to go on with a run: rlkit train --resume DIR"
         raise RecipeError(f"{name_or_path} is a folder.", hint=hint)
+    refuse_key_alone(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         beside = [str(one) for one in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
         raise RecipeError(f"there is no file {name_or_path!r}.{nearest(str(path), [*beside, *built_in])}")
@@ -109,7 +116,7 @@ def compose(name_or_path: str, overrides: Sequence[str]) -> Composed:
     files = list(_files(find(name_or_path), ()))
     written = OmegaConf.to_container(OmegaConf.merge(*_own_options(files)), resolve=False)
     assert isinstance(written, dict)  # the files are mappings
-    added, removed = _overlay(overrides, {str(key): value for key, value in written.items()})
+    added, removed = _overlay(overrides, {str(key): value for key, value in written.items()}, files)
     sources = (*files, added)
     merged = _merge(sources)
     OmegaConf.set_struct(merged, False)
@@ -272,7 +279,7 @@ def _choices(values: Recipe) -> Iterator[tuple[Keys, str]]:
             yield path, entry["name"]
 
 
-def _overlay(overrides: Sequence[str], recipe: Recipe) -> tuple[Source, list[Keys]]:
+def _overlay(overrides: Sequence[str], recipe: Recipe, files: Sequence[Source]) -> tuple[Source, list[Keys]]:
     """The command line as a source, and the keys that it removes. Whether the last part of a key exists is
     for the entry to say, which knows its options."""
     values: Recipe = {}
@@ -286,6 +293,7 @@ def _overlay(overrides: Sequence[str], recipe: Recipe) -> tuple[Source, list[Key
             raise RecipeError(f"{text!r} is not key=value.", where=COMMAND_LINE, hint="For instance run.seed=1")
         path = _split(key, recipe)
         _check_beginning(key, path, recipe)
+        _check_stage(key, path, values, recipe, files)
         _put(values, path, value_of(key, value))
     return Source(COMMAND_LINE, _spelled_out(values), dict.fromkeys(_paths(values), 0)), removed
 
@@ -305,10 +313,23 @@ def _check_beginning(key: str, path: Keys, recipe: Recipe) -> None:
         close = nearest(path[-1], ends).rpartition(" ")[2].strip("'?")
         near = f" Did you mean {ends[close]!r}?" if close else ""
         raise RecipeError(f"no key {key!r}.{near}", where=COMMAND_LINE, hint=f"A key begins with {', '.join(TOP)}.")
-    stages = recipe.get("stages") or {}
-    if path[0] == "stages" and len(path) > 2 and path[1] not in stages:
-        hint = f"Stages: {', '.join(stages)}."
-        raise RecipeError(f"{key}: no stage {path[1]!r}.{nearest(path[1], stages)}", where=COMMAND_LINE, hint=hint)
+
+
+def _check_stage(key: str, path: Keys, given: Recipe, recipe: Recipe, files: Sequence[Source]) -> None:
+    """That a key below a stage is of one that there is, and that nobody has switched off. given: by words before it."""
+    if path[0] != "stages" or len(path) < 3:
+        return
+    here, there = (one if isinstance(one := values.get("stages"), dict) else {} for values in (given, recipe))
+    stages = {**there, **here}
+    known = [name for name, stage in stages.items() if stage is not None]
+    hint = f"Stages: {', '.join(known)}." if known else "All stages are switched off."
+    if path[1] not in stages:
+        raise RecipeError(f"{key}: no stage {path[1]!r}.{nearest(path[1], known)}", where=COMMAND_LINE, hint=hint)
+    if path[1] not in known:
+        writers = [one.place(path[:2], "") for one in files if path[:2] in one.lines]  # the last has the last word
+        by = "an earlier word" if path[1] in here else (writers or ["the recipe"])[-1]
+        what = f"{key}: stage {path[1]!r} is switched off (null) by {by}."
+        raise RecipeError(what, where=COMMAND_LINE, hint=hint)
 
 
 def _present(key: str, recipe: Recipe) -> Keys:

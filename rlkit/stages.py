@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlkit.errors import nearest
 from rlkit.learner import LearnerOptions
 from rlkit.monitors.watch import Monitors
 from rlkit.resources import Resources
@@ -15,6 +17,7 @@ from rlkit.total import Total
 from rlkit.weights import Lora
 
 TIMES = ("seconds", "cpu_seconds")  # what `until` may name beside an evaluation's metrics
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RunOptions:
     checkpoint_every: int = 20  # training steps
     keep_checkpoints: int = 2
     deterministic: bool = False  # refuse operations whose result may vary from run to run
-    device: str = "auto"
+    device: str = "auto"  # cuda where there is one, else cpu; or cpu, cuda, mps, or one of several: cuda:1
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network; step maths and weights stay fp32
     max_unscored: float = 0.1  # stop when a reward leaves more than this share of a step's samples without a number
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -42,6 +45,10 @@ class RunOptions:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"max_unscored is a share within 0..1, not {self.max_unscored}")
+        if self.device not in DEVICES and not re.fullmatch(r"(cuda|mps):\d+", self.device):
+            kind = self.device.partition(":")[0].lower()
+            near = nearest("cuda" if kind == "gpu" else kind, DEVICES)
+            raise ValueError(f"device must be {', '.join(DEVICES)}, cuda:N or mps:N, not {self.device!r}.{near}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Until:
     def __post_init__(self) -> None:
         if (self.above is None) == (self.plateau is None):
             raise ValueError("until needs one of `above`, a number, and `plateau`, a number of evaluations")
+        if self.above is not None and not math.isfinite(self.above):
+            raise ValueError(f"above must be a finite number, not {self.above}")
+        if self.above is not None and self.metric in TIMES and self.above <= 0:
+            raise ValueError(f"{self.metric} are above {self.above:g} before the first step: `above` must be above 0")
         if self.plateau is not None and self.plateau < 1:
             raise ValueError(f"plateau must be 1 evaluation or more, not {self.plateau}")
         if self.plateau is not None and self.metric in TIMES:

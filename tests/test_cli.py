@@ -63,6 +63,8 @@ def test_help_names_every_command(capsys):
         (["train", "world_unified", "--only", "generation", "--from", "generation"], "not allowed with"),
         (["train", "quickstart", "--resum", "x"], "'--resume'"),  # no abbreviations: they change their meaning later
         (["list", "reward"], "'rewards'"),
+        (["list", "foo"], "no catalogue 'foo'. There are rewards, algorithms, "),
+        (["list"], "which catalogue? There are rewards, algorithms, "),
         (["train", "quickstart", "--nproc", "0"], "1 or more"),
     ],
 )
@@ -85,6 +87,8 @@ def test_usage_errors_say_what_is_near_and_end_with_2(words, near, capsys):
         (["train", "world_unified", "--from", "generaton"], "--from: the recipe has no stage named 'generaton'"),
         (["train", "world_unified", "--only", "generaton"], "Did you mean 'generation'?"),
         (["check", "quickstart", "stages.main.data.group=1"], "2 or more, not 1"),
+        (["check", "quickstart", "run.seed"], "'run.seed' is a key, and lacks its =value"),
+        (["train", "stages.main.steps"], "'stages.main.steps' is a key, and lacks its =value"),
         (["describe", "compositoin"], "Did you mean 'composition'?"),
         (["report", "nowhere"], "nowhere"),
         (["eval", "."], "recipe.yaml"),
@@ -155,6 +159,30 @@ def test_a_recipe_can_be_checked_where_its_data_is_not(tmp_path, capsys):
     assert "prompts.jsonl" in text
 
 
+def test_a_check_of_several_says_of_which_recipe_a_file_is_not_there(capsys):
+    """The pairs that a monitor asks about are needed like the data."""
+    missing = "stage main: not here yet, and needed to train: pairs.jsonl\n"
+    words = ["stages.main.monitors.sanity={path: pairs.jsonl}"]
+    assert cli.main(["check", "quickstart", *words]) == 0
+    assert capsys.readouterr().err == missing
+    assert cli.main(["check", "quickstart", "world_nft", *words]) == 0
+    assert capsys.readouterr().err == f"quickstart: {missing}world_nft: {missing}"
+
+
+def test_a_rate_that_would_fall_after_the_end_is_noted_and_no_error(capsys):
+    assert cli.main(["check", "quickstart"]) == 0
+    assert capsys.readouterr().err == "", "it falls until update 75 of 75"
+    assert cli.main(["check", "quickstart", "stages.main.steps=74"]) == 0
+    told = capsys.readouterr()
+    said = "stage main: learner.decay lowers the rate from update 50 to 75, and the stage makes"
+    assert told.err == f"note: {said} 74\n"
+    assert told.out.endswith("ok\n")
+    assert cli.main(["check", "quickstart", "stages.main.steps=37", "stages.main.learner.epochs=2"]) == 0
+    assert capsys.readouterr().err == f"note: {said} 74\n"
+    assert cli.main(["check", "quickstart", "world_hack", "stages.main.steps=7"]) == 0
+    assert capsys.readouterr().err == f"note: quickstart: {said} 7\n"
+
+
 def test_of_several_recipes_each_has_a_line(capsys):
     recipes = [str(file) for file in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))]
     assert cli.main(["check", *recipes]) == 0
@@ -175,8 +203,8 @@ def test_the_json_of_several_recipes_is_no_json(capsys):
 
 
 def test_a_stage_that_ends_on_a_plateau_says_so(capsys):
-    assert cli.main(["check", "quickstart", "stages.main.until={metric: held_out/strict, plateau: 3}"]) == 0
-    assert "until      held_out/strict no higher for 3 evaluations" in capsys.readouterr().out
+    assert cli.main(["check", "quickstart", "stages.main.until={metric: held_out/strict, plateau: 2}"]) == 0
+    assert "until      held_out/strict no higher for 2 evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -264,6 +292,23 @@ def test_check_counts_the_pictures_that_are_drawn(capsys):
     assert "512 held-out pictures first and last\n" in capsys.readouterr().out
     assert cli.main(["check", "quickstart", *ends, "stages.main.evaluate.every=5"]) == 0
     assert "64 held-out pictures every 5 steps, 512 first and last" in capsys.readouterr().out
+
+
+def test_check_says_how_stages_follow_each_other(capsys):
+    assert cli.main(["check", "world_unified", "run.order=[understanding]"]) == 0
+    assert "rest (run.order): cold_start, generation\n" in capsys.readouterr().out
+    assert cli.main(["check", "world_unified"]) == 0
+    text = capsys.readouterr().out
+    assert "rest (" not in text
+    assert "  carry " not in text
+    words = ["stages.t2i={carry: {weights: ema, optimizer: true}, anchor: ema}"]
+    words += ["stages.t2i.monitors={best_by: held_out/reward}", "run.order=[edit,t2i]"]
+    words += ["stages.edit.learner.ema=0.9", "stages.t2i.learner.ema=0.9"]
+    assert cli.main(["check", "world_omnigen2", *words]) == 0
+    text = capsys.readouterr().out
+    assert "  carry      the average of the weights and the optimiser's moments of the stage before\n" in text
+    assert "  anchor     ema\n" in text
+    assert "  best_by    held_out/reward, to roll back to\n" in text
 
 
 def test_check_gives_the_whole_recipe_as_json(capsys):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlkit import recipe, recipe_course, registry, sources
-from rlkit.data.prompts import PairFile
+from rlkit.data.prompts import PairFile, WorldPrompts
 from rlkit.errors import DataError, PluginError, RecipeError, RlkitError
 from rlkit.rollouts.dataset import Dataset
 from rlkit.stages import Carry
@@ -292,6 +292,28 @@ OVERRIDES = {  # override, then the words of the message
         *("stages.main={until: {metric: held_out/strict, above: 1}, evaluate: {every: 0}}", "until.metric"),
         "nothing is evaluated before its last step",
     ),
+    "a limit on a kind that is none": (
+        *("stages.main.until={metric: held_out/strict/singel, above: 1}", "until.metric", "Did you mean 'single'"),
+        "single, two, relation, count, place",
+    ),
+    "a limit on a standard error that is none": (
+        *("stages.main.until={metric: held_out/strict/single_se, above: 1}", "until.metric", "Did you mean 'single'"),
+    ),
+    "a best that no reward gives": ("stages.main.monitors.best_by=held_out/stric", "best_by", "Did you mean 'strict'"),
+    "a best of a kind that is none": (
+        *("stages.main.monitors.best_by=held_out/strict/singel", "monitors.best_by", "Did you mean 'single'"),
+    ),
+    "nothing to roll back to": (
+        "stages.main={monitors: {colour: {action: roll_back}}, evaluate: {held_out: 0, ends: null}}",
+        *("stages.main.monitors.colour.action", "the stage makes none", "stages.main.evaluate.held_out"),
+    ),
+    "a plateau that is longer than its stage": (
+        *("stages.main.until={metric: held_out/strict, plateau: 3}", "until.plateau"),
+        *("needs 4 evaluations, the opening one counted", "makes 3 before its last step"),
+    ),
+    "no time": ("stages.main.until={metric: seconds, above: 0}", "stages.main.until", "`above` must be above 0"),
+    "a limit that is no number": ("stages.main.until={metric: held_out/strict, above: nan}", "until", "finite", "nan"),
+    "a limit of nothing": ("stages.main.until={above: 0.5}", "stages.main.until", "no metric", "{metric: held_out/"),
     "two limits": ("stages.main.until={metric: held_out/strict, above: 1, plateau: 2}", "until", "one of `above`"),
     "a plateau of time": ("stages.main.until={metric: seconds, plateau: 2}", "until", "always rises"),
     "nothing to carry": ("stages.main.carry={optimizer: true}", "stages.main.carry", "none before it"),
@@ -302,6 +324,8 @@ OVERRIDES = {  # override, then the words of the message
     "a stage that is none": ("run.order=[main,mian]", "run.order", "Did you mean 'main'"),
     "a stage that is not evaluated": ("stages.main.evaluate.also=[mian]", "evaluate.also", "Did you mean 'main'"),
     "half a limit": ("stages.main.until={metric: held_out/strict}", "stages.main.until", "one of `above`"),
+    "a device": ("run.device=cpuu", "run", "device must be auto, cpu, cuda, mps", "not 'cpuu'. Did you mean 'cpu'"),
+    "a device under another name": ("run.device=gpu:1", "run", "cuda:N", "not 'gpu:1'. Did you mean 'cuda'"),
     "no checkpoints": ("run.checkpoint_every=0", "run", "checkpoint_every must be 1 or more"),
     "a share above 1": ("run.max_unscored=2", "run", "max_unscored", "0..1"),
 }
@@ -316,9 +340,77 @@ def test_a_command_line_that_cannot_be_used(case):
     assert not re.search(r"\b(hydra|omegaconf|override|interpolation|struct)", message.lower())
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "mps", "cuda:1", "mps:0"])
+def test_devices(device):
+    assert recipe.read("quickstart", [f"run.device={device}"]).options.device == device
+
+
+def test_a_stage_that_is_switched_off_has_no_keys():
+    name = write("off.yaml", "defaults: [world_unified]\nstages:\n  understanding: null\n")
+    key = "stages.understanding.steps"
+    message = refusal(name, f"{key}=3")
+    assert message.startswith(f"command line: {key}: stage 'understanding' is switched off (null) by off.yaml:3.")
+    assert message.endswith("Stages: cold_start, generation.")
+    assert "by an earlier word" in refusal("world_unified", "stages.understanding=null", f"{key}=3")
+    assert "no stage 'understandin'. Stages:" in refusal(name, "stages.understandin.steps=3"), "it is not near"
+    setup = recipe.read("world_unified", [f"{key}=3", "stages.understanding=null"])
+    assert [stage.name for stage in setup.stages] == ["cold_start", "generation"], "the last word wins"
+
+
+def renamed(name: str) -> str:
+    """A recipe whose one stage has this name."""
+    plain = recipe.read("quickstart").recipe
+    return write("named.yaml", yaml.safe_dump({**plain, "stages": {name: plain["stages"]["main"]}}))
+
+
+@pytest.mark.parametrize("name", ["1", "1st", "a b", "a/b", "a.b", "été", "a\n", ""])
+def test_a_stage_has_a_plain_name(name):
+    """It becomes part of columns, files and overrides."""
+    message = refusal(renamed(name))
+    assert "letters, digits, _ and -, and begins with a letter or _" in message
+
+
+@pytest.mark.parametrize("name", ["_", "t2i", "text-to-image_2"])
+def test_a_stage_with_a_plain_name_is_found_by_it(name):
+    composed = recipe.compose(renamed(name))
+    words = [*recipe_course.left_out(composed, None, name), f"stages.{name}.steps=3"]
+    assert [(one.name, one.steps) for one in recipe.read("named.yaml", words).stages] == [(name, 3)]
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit", "in_context", "caption", "agent"])
+def test_the_kinds_of_the_worlds_tasks_are_those_of_its_held_out_prompts(task):
+    data = WorldPrompts(1, 2, task=task)
+    assert {prompt.kind for prompt in data.held_out(64)} == set(recipe_course._kinds(data) or ())
+
+
+def test_kinds_that_only_the_prompts_know_are_not_looked_into():
+    data = "{name: prompts, path: a.txt, held_out_path: b.txt, per_step: 12, group: 16}"
+    limit = "{metric: held_out/strict/anything, above: 0.5}"
+    assert recipe.read("quickstart", [f"stages.main={{data: {data}, until: {limit}}}"]).stages[0].until is not None
+    assert recipe_course._kinds(PairFile("a.jsonl", 1, held_out_path="b.txt")) is None
+    assert "single" in (recipe_course._kinds(PairFile("a.jsonl", 1, held_out_split="held_out")) or ())
+
+
+def test_a_limit_may_be_of_one_kind_a_standard_error_or_a_plateau_within_reach():
+    for limit in (
+        "held_out/strict/single, above: 0.5",
+        "held_out/strict_se, above: 0.5",
+        "held_out/strict, plateau: 2",
+    ):
+        assert recipe.read("quickstart", [f"stages.main.until={{metric: {limit}}}"]).stages[0].until is not None
+
+
+def test_a_monitor_may_roll_back_where_only_the_ends_are_evaluated():
+    words = "monitors: {colour: {action: roll_back}}, evaluate: {held_out: 0, ends: 8}"
+    assert recipe.read("quickstart", [f"stages.main={{{words}}}"]).stages[0].monitors.rolls_back
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("run.seed", ["'run.seed' is a key", "run.seed=VALUE"]),
+        ("stages.main.expect.held_out/strict", ["is a key, and lacks its =value"]),
+        ("run.yaml", ["no file 'run.yaml'"]),
         ("quickstrat", ["no recipe named 'quickstrat'", "'quickstart'", "./quickstrat.yaml"]),
         ("./mane.yaml", ["no file './mane.yaml'", "'mine.yaml'"]),
         (".", ["is a folder", "--resume"]),

@@ -16,13 +16,15 @@ KINDS = (*registry.KINDS, "recipes")
 
 
 def list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", type=_kind, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    # Without one, argparse gives the default to `_kind`, which says what there is: its own message would not.
+    parser.add_argument("kind", type=_kind, nargs="?", default="", metavar="KIND", help=f"one of {', '.join(KINDS)}")
     parser.add_argument("--json", action="store_true")
 
 
 def _kind(word: str) -> str:
     if word not in KINDS:
-        raise argparse.ArgumentTypeError(f"there is no catalogue {word!r}.{nearest(word, KINDS)}")
+        what = f"there is no catalogue {word!r}.{nearest(word, KINDS)}" if word else "which catalogue?"
+        raise argparse.ArgumentTypeError(f"{what} There are {', '.join(KINDS)}")
     return word
 
 

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     """0 when all are sound; 1 when one of several is not. RlkitError where one alone is not."""
     names = [word for word in options.words if not sources.is_override(word)]
     overrides = [word for word in options.words if sources.is_override(word)]
+    for name in names:
+        sources.refuse_key_alone(name)
     if not names:
         raise RecipeError("which recipe?", hint="For instance rlkit check RECIPE key=value")
     if len(names) > 1:
@@ -49,7 +51,7 @@ def _sound(name: str, overrides: list[str]) -> bool:
         print(f"{name}: a part that others extend, checked with them")
         return True
     try:
-        setup = _read(name, overrides)
+        setup = _read(name, overrides, f"{name}: ")
     except RlkitError as error:
         print(f"{name}: {error}")
         return False
@@ -57,16 +59,41 @@ def _sound(name: str, overrides: list[str]) -> bool:
     return True
 
 
-def _read(name: str, overrides: list[str]) -> Setup:
-    """Read, with its files of prompts: their errors are said now. Files that are not here are only named."""
+def _read(name: str, overrides: list[str], of: str = "") -> Setup:
+    """Read, with its files of prompts: their errors are said now. Files that are not here are only named.
+
+    of: how a line begins that is said of this recipe, where there are others."""
     setup = recipe.read(name, overrides)
     for stage in setup.every_stage():
-        if absent := _absent(setup.recipe["stages"][stage.name]["data"]):
-            what = f"stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
-            print(what, file=sys.stderr)
-        else:
+        plain = setup.recipe["stages"][stage.name]
+        absent = _absent(plain["data"])
+        if not absent:
             stage.data.open()
+        if stage in setup.stages:
+            absent += _absent(plain["monitors"].get("sanity") or {})
+        if absent:
+            what = f"{of}stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
+            print(what, file=sys.stderr)
+    for stage in setup.stages:
+        if late := _late(stage):
+            print(f"note: {of}stage {stage.name}: {late}", file=sys.stderr)
     return setup
+
+
+def _late(stage: Stage) -> str:
+    """A rate that cannot fall as it should. It is no error: whoever tries a recipe out makes it shorter."""
+    updates = _updates(stage)
+    if updates is None or stage.learner.decay is None or stage.learner.decay[1] <= updates * stage.steps:
+        return ""
+    first, last = stage.learner.decay
+    made = updates * stage.steps
+    return f"learner.decay lowers the rate from update {first:,} to {last:,}, and the stage makes {made:,}"
+
+
+def _updates(stage: Stage) -> int | None:
+    """How many a step makes; None where only the algorithm knows."""
+    rows = recipe.rows_per_step(stage)
+    return None if rows is None else rows // stage.learner.batch * stage.learner.epochs
 
 
 def _describe(setup: Setup) -> None:
@@ -81,12 +108,14 @@ def _describe(setup: Setup) -> None:
             print(f"  {'trains':<10} {'; '.join(_trains(name, way) for name, way in plain['train'].items())}")
         for key, text in _stage_table(stage, plain).items():
             print(f"  {key:<10} {text}")
+    if resting := [name for name in setup.recipe["stages"] if name not in {stage.name for stage in setup.stages}]:
+        print(f"rest (run.order): {', '.join(resting)}")
     print("ok")
 
 
 def _absent(data: Mapping[str, Any]) -> list[str]:
-    """Files and folders of a stage's data that are not there: a recipe may be checked on another machine."""
-    if data["name"] == "hub":  # its path may be a name on the hub
+    """Files and folders of an entry that are not there: a recipe may be checked on another machine."""
+    if data.get("name") == "hub":  # its path may be a name on the hub
         return []
     named = [data[key] for key in ("path", "held_out_path") if data.get(key)]
     return [one for one in named if not Path(one).expanduser().exists()]
@@ -99,11 +128,9 @@ def _trains(name: str, train: Mapping[str, Any]) -> str:
 def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
     """What a stage would do, in a few words for each part."""
     samples = stage.data.per_step * stage.data.group
-    rows = recipe.rows_per_step(stage)
     learner = f"updates of {stage.learner.batch} rows, rate {stage.learner.lr:g}"
-    if rows is not None:
-        updates = rows // stage.learner.batch * stage.learner.epochs
-        learner = f"{rows:,} rows a step, {updates} x {learner}"
+    if (rows := recipe.rows_per_step(stage)) is not None:
+        learner = f"{rows:,} rows a step, {_updates(stage)} x {learner}"
     evaluate = stage.evaluate
     count = evaluate.held_out if evaluate.every else evaluate.ends or evaluate.held_out
     often = f"every {evaluate.every} steps" if evaluate.every else "first and last"
@@ -123,9 +150,17 @@ def _stage_table(stage: Stage, plain: Mapping[str, Any]) -> dict[str, str]:
     if not stage.total.plain:
         gates = "".join(f"; at most {gate.at_most:g} when {gate.when}" for gate in stage.total.gates)
         table["total"] = stage.total.form + gates
+    carried = ["the average of the weights"] if stage.carry.weights == "ema" else []
+    carried += ["the optimiser's moments"] if stage.carry.optimizer else []
+    if carried:
+        table["carry"] = f"{' and '.join(carried)} of the stage before"
+    if stage.anchor != "base":
+        table["anchor"] = stage.anchor
     acting = [f"{name} {one['action']}" for name, one in plain["monitors"].items() if _acts(one)]
     if acting:
         table["monitors"] = f"{', '.join(acting)}; the others warn"
+    if stage.monitors.best_by is not None:
+        table["best_by"] = f"{stage.monitors.best_by}, to roll back to"
     others = [one.name for one in stage.also if one.name != stage.name]
     if others:
         table["also"] = f"first and last the evaluation of {', '.join(others)}"

@@ -42,6 +42,7 @@ from rlkit.types import Context, Plan, Prompt, Samples, Scores, seed_of
 
 SAMPLERS = ("ode", "sde")
 PORTION = 16  # prompts drawn together; another number would be another noise
+TOLD = ("suite", "prompts", "count", "checkpoint", "weights", "reward", "counts", "overall")  # by every evaluation
 ENOUGH = 32  # pictures after which a judge that answers nothing ends the evaluation
 
 
@@ -235,10 +236,13 @@ class Records:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(file, json.dumps(identity, indent=1))
         if not file.is_file():
-            raise DataError(
-                "there is no evaluation in this folder", where=str(folder), hint="It has no evaluation.json."
-            )
+            hint = "It has no evaluation.json. A run's are RUN/evaluations/SUITE-STEP-WEIGHTS."
+            raise DataError("there is no evaluation in this folder", where=str(folder), hint=hint)
         there = json_object(file.read_text(encoding="utf-8"), str(file))
+        lacking = [key for key in TOLD if key not in there]
+        if lacking:
+            what = f"this evaluation does not say its {', '.join(map(repr, lacking))}"
+            raise DataError(what, where=str(file), hint="Evaluate again, into another --out.")
         if identity is not None and there != identity:
             differ = [key for key in identity.keys() | there.keys() if there.get(key) != identity.get(key)]
             what = f"this folder has an evaluation that differs in {', '.join(sorted(differ))}"

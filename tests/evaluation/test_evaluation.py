@@ -334,6 +334,17 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "| +0.000 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", IDENTITY)
+def test_an_evaluation_that_does_not_say_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    one, other = (evaluated(tmp_path / name, [[0.0, 1.0]]) for name in ("one", "other"))
+    file = other / "evaluation.json"
+    file.write_text(json.dumps({name: value for name, value in IDENTITY.items() if name != key}))
+    assert cli.main(["eval", "--compare", str(one), str(other)]) == 1
+    assert f"{file}: this evaluation does not say its '{key}'" in capsys.readouterr().err
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +362,8 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["quickstart", "--suite", "geneval", "--held-out", "4"], "is for the suite world"),
         (["quickstart", "--suite", "world", "--reward", "score"], "'score' is not key=value"),
         (["quickstart", "--compare", "a", "b"], "compares what has been evaluated"),
-        (["--compare", "a", "b"], "a: there is no evaluation in this folder"),
+        (["--compare", "a", "b"], "a: there is no evaluation in this folder. It has no evaluation.json."),
+        (["--compare", "a", "b"], "RUN/evaluations/SUITE-STEP-WEIGHTS"),
     ],
 )
 def test_command_lines_that_mean_nothing(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
