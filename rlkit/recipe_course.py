@@ -126,12 +126,6 @@ def _check_ending(stage: Stage, expect: Mapping[str, str]) -> None:
     if not stage.evaluate.held_out or not stage.evaluate.every:
         what = f"the stage waits for {until.metric!r}, and nothing is evaluated before its last step."
         raise RecipeError(what, where=f"{where}.until.metric", hint=f"Set {where}.evaluate.every and .held_out.")
-    made = 1 + (stage.steps - 1) // stage.evaluate.every  # the opening one, which the others are compared with
-    if until.plateau is not None and made < until.plateau + 1:
-        needed = f"needs {until.plateau + 1} evaluations, the opening one counted"
-        what = f"a plateau of {until.plateau} {needed}, and the stage makes {made} before its last step."
-        hint = f"Lower it or {where}.evaluate.every, raise {where}.steps, or say {where}.until: null."
-        raise RecipeError(what, where=f"{where}.until.plateau", hint=hint)
 
 
 def _check_best(stage: Stage) -> None:

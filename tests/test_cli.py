@@ -183,6 +183,13 @@ def test_a_rate_that_would_fall_after_the_end_is_noted_and_no_error(capsys):
     assert capsys.readouterr().err == f"note: quickstart: {said} 7\n"
 
 
+def test_a_plateau_that_its_stage_is_too_short_for_is_noted_and_no_error(capsys):
+    for plateau, said in ((2, ""), (3, "needs 4 evaluations, the opening one counted, and the stage makes 3 before")):
+        until = f"stages.main.until={{metric: held_out/strict, plateau: {plateau}}}"
+        assert cli.main(["check", "quickstart", until]) == 0
+        assert said in capsys.readouterr().err
+
+
 def test_of_several_recipes_each_has_a_line(capsys):
     recipes = [str(file) for file in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))]
     assert cli.main(["check", *recipes]) == 0

@@ -307,10 +307,6 @@ OVERRIDES = {  # override, then the words of the message
         "stages.main={monitors: {colour: {action: roll_back}}, evaluate: {held_out: 0, ends: null}}",
         *("stages.main.monitors.colour.action", "the stage makes none", "stages.main.evaluate.held_out"),
     ),
-    "a plateau that is longer than its stage": (
-        *("stages.main.until={metric: held_out/strict, plateau: 3}", "until.plateau"),
-        *("needs 4 evaluations, the opening one counted", "makes 3 before its last step"),
-    ),
     "no time": ("stages.main.until={metric: seconds, above: 0}", "stages.main.until", "`above` must be above 0"),
     "a limit that is no number": ("stages.main.until={metric: held_out/strict, above: nan}", "until", "finite", "nan"),
     "a limit of nothing": ("stages.main.until={above: 0.5}", "stages.main.until", "no metric", "{metric: held_out/"),

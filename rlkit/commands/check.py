@@ -75,13 +75,25 @@ def _read(name: str, overrides: list[str], of: str = "") -> Setup:
             what = f"{of}stage {stage.name}: not here yet, and needed to train: {', '.join(absent)}"
             print(what, file=sys.stderr)
     for stage in setup.stages:
-        if late := _late(stage):
-            print(f"note: {of}stage {stage.name}: {late}", file=sys.stderr)
+        for note in filter(None, (_late(stage), _out_of_reach(stage))):
+            print(f"note: {of}stage {stage.name}: {note}", file=sys.stderr)
     return setup
 
 
+def _out_of_reach(stage: Stage) -> str:
+    """A plateau that the stage is too short for. It is no error: whoever tries a recipe out makes it shorter."""
+    until, every = stage.until, stage.evaluate.every
+    if until is None or until.plateau is None or not every:
+        return ""
+    made = 1 + (stage.steps - 1) // every  # the opening one, which the others are compared with
+    if made > until.plateau:
+        return ""
+    needed = f"needs {until.plateau + 1} evaluations, the opening one counted"
+    return f"until.plateau of {until.plateau} {needed}, and the stage makes {made} before its last step"
+
+
 def _late(stage: Stage) -> str:
-    """A rate that cannot fall as it should. It is no error: whoever tries a recipe out makes it shorter."""
+    """A rate that cannot fall as it should, which is no error either."""
     updates = _updates(stage)
     if updates is None or stage.learner.decay is None or stage.learner.decay[1] <= updates * stage.steps:
         return ""
