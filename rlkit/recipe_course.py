@@ -47,6 +47,7 @@ def running(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The stages of a resolved recipe that run, in their order."""
     stages = recipe.get("stages") or {}
     order = (recipe.get("run") or {}).get("order")
+    _check_names(order or (), stages, "run.order")
     return {name: stages[name] for name in (stages if order is None else order)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rlkit import advantage
+from rlkit.tracking import ASIDE, stage_of
 from rlkit.types import Prompt, Rows, Samples, Scores
 
 SHEET = 24  # pictures on a sheet of samples
@@ -129,6 +131,7 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
     """The first pictures of an evaluation as one PNG without gaps, and beside it what each one is and scored.
 
     What prompts came with, a source or references, stands to the left of each picture, in `given` cells of its size.
+    It is named by the row's `at`, and by the stage too where the stage before it ended with a sheet of that name.
     """
     from PIL import Image
 
@@ -157,14 +160,33 @@ def write_sheet(folder: Path, row: Mapping[str, Any], samples: Samples, scores: 
             item |= {name: _number(scores.raw[i, r]) for r, name in enumerate(scores.names)}
         parts = scores.components
         items.append(item | {column_of(name, parts): _number(values[i]) for name, values in parts.items()})
-    name = folder / f"{row['at']:06d}"
+    name = folder / _sheet_name(folder, row)
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(name.with_suffix(".png"))
+    file, beside = (name.with_name(name.name + end) for end in (".png", ".json"))
+    Image.fromarray(pixels).save(file)
     described = {"stage": row["stage"], "step": row["step"], "at": row["at"]}
     described |= {"width": width, "height": height, "given": given, "columns": COLUMNS}
     described |= {"drawn": not written, "items": items}
-    name.with_suffix(".json").write_text(json.dumps(described, indent=1))
-    return name.with_suffix(".png")
+    beside.write_text(json.dumps(described, indent=1))
+    return file
+
+
+def set_aside(folder: Path, row: Mapping[str, Any]) -> None:
+    """Rename the sheet of this evaluation, since another of the same stage and step comes in its place."""
+    name = _sheet_name(folder, row)
+    for end in (".png", ".json"):
+        if (folder / (name + end)).exists():
+            (folder / (name + end)).replace(folder / (name + ASIDE + end))
+
+
+def _sheet_name(folder: Path, row: Mapping[str, Any]) -> str:
+    """AT, or AT-STAGE where AT is the closing sheet of the stage before. Whatever the stage is called, its sheet never
+    looks like one that was set aside."""
+    name = f"{row['at']:06d}"
+    if stage_of(folder / f"{name}.json") in (None, row["stage"]):
+        return name
+    stage = re.sub(r"[^\w.-]", "_", row["stage"])
+    return f"{name}-{stage}" + "_" * f"-{stage}".endswith(ASIDE)
 
 
 def _pictured(samples: Samples) -> Tensor:

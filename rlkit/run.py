@@ -25,7 +25,7 @@ from rlkit.monitors.sanity import judged, refused
 from rlkit.monitors.watch import Raised, Watch
 from rlkit.parts import Parts
 from rlkit.policy import Policy
-from rlkit.record import describe_ages, describe_held_out, describe_scores, write_rows, write_sheet
+from rlkit.record import describe_ages, describe_held_out, describe_scores, set_aside, write_rows, write_sheet
 from rlkit.scoring import Scoring
 from rlkit.stages import TIMES, Setup, Stage
 from rlkit.sync import SharedMemory
@@ -314,7 +314,7 @@ class Run:
         row |= {"count": len(prompts), "ends": self.closed, "seconds/evaluate": time.monotonic() - started}
         if self.processes.first:
             if restored is not None:
-                set_aside(self.folder / "samples", self.at)
+                set_aside(self.folder / "samples", row)
             sheet = write_sheet(self.folder / "samples", row, samples, scores)
             self.tracker.sheet(sheet)
         self.write(row | figures | ({} if restored is None else {"restored": restored}), raised)
@@ -475,12 +475,6 @@ class Run:
         self.over = self.goal_reached or self.done >= self.stage.steps or self.out_of_time() or bool(self.ended_by)
         self.load(saved)
         self.sync.push(self.rollout, version=self.done)  # what it samples is of this step, not of the stage's start
-
-
-def set_aside(samples: Path, at: int) -> None:
-    """Rename the sheet of this step, since another of the same step comes in its place."""
-    for file in (samples / f"{at:06d}.png", samples / f"{at:06d}.json"):
-        file.replace(file.with_stem(f"{at:06d}-alarm"))
 
 
 def begin(policy: Weights | Parts, stage: Stage) -> None:

@@ -81,7 +81,7 @@ def _run(
     saved = checkpoint.newest(folder) if resume else None
     if saved:
         same_recipe(setup, saved)
-    if resume:
+    if (folder / Metrics.NAME).exists():
         Metrics.read(folder)  # for its errors, before anything is written or loaded
     look_ahead(setup)
     _prepare(setup, folder, processes, command, resume, saved)

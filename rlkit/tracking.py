@@ -28,6 +28,8 @@ from rlkit.mirrors.mirror import Mirrors
 Row = Mapping[str, Any]
 
 HELD_OUT = "held_out/"
+ASIDE = "-alarm"  # at the end of a sheet's name: it is of weights that a monitor gave up by going back
+_SHEET = re.compile(r"(\d{6,})(-.+)?\.(png|json)")
 _PLAIN_LINES = 12  # how many training lines a stage prints where there is no terminal
 
 
@@ -78,14 +80,36 @@ class Metrics:
         lines = path.read_bytes().splitlines()
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
+            where, hint = f"{path}:{number}", "Remove it, then try again."
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:  # bad JSON, or bad UTF-8
                 if number < len(lines):
-                    raise DataError(
-                        "this line is not JSON.", where=f"{path}:{number}", hint="Remove it, then try again."
-                    ) from None
+                    raise DataError("this line is not JSON.", where=where, hint=hint) from None
+                break
+            if not isinstance(row, dict) or any(key not in row for key in cls.REQUIRED):
+                what = f"this line is no row: it needs {', '.join(cls.REQUIRED)}."
+                raise DataError(what, where=where, hint=hint)
+            rows.append(row)
         return rows
+
+
+def rewind_sheets(folder: Path, at: int, to_come: Collection[str] = ()) -> None:
+    """Remove the sheets of what `Metrics.rewind` forgets, by the numbers in their names and the stages that they name.
+    Other files stay."""
+    found = {file.stem: match for file in folder.glob("*") if (match := _SHEET.fullmatch(file.name))}
+    for stem, match in found.items():
+        if int(match[1]) > at or stage_of(folder / f"{stem}.json") in to_come:
+            for end in (".png", ".json"):  # the one that names the stage last
+                (folder / (stem + end)).unlink(missing_ok=True)
+
+
+def stage_of(sheet: Path) -> str | None:
+    """Of the JSON of a sheet; None of one that is not there, or that a killed run left half-written."""
+    try:
+        return str(json.loads(sheet.read_text(encoding="utf-8"))["stage"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _line(row: Row) -> str:
@@ -292,8 +316,10 @@ class Tracker:
             self._mirrors.sheet(path)
 
     def rewind(self, at: int, to_come: Collection[str] = ()) -> None:
+        """Forget what came after the checkpoint of step `at`, and of stages that have yet to begin: rows and sheets."""
         if self._first:
             self._metrics.rewind(at, to_come)
+            rewind_sheets(self._folder / "samples", at, to_come)
 
     def keep(self, told: Callable[[], Sequence[Path]]) -> None:
         """The run is over: `told` tells of it and names the files that it wrote, which mirrors get with the record."""

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlkit.record import COLUMNS, SHEET, describe_held_out, describe_scores, write_sheet
+from rlkit.mirrors.content import table
+from rlkit.record import COLUMNS, SHEET, describe_held_out, describe_scores, set_aside, write_sheet
 from rlkit.types import Samples, Scores, Tokens
 
 MakeSamples = Callable[..., Samples]
@@ -136,6 +137,44 @@ def test_the_sheet_shows_the_first_pictures_where_its_json_says(samples_of: Make
         assert (pixels[top : top + 4, left : left + 6] == i * 9).all()
         assert (item["prompt"], item["seed"], item["strict"]) == (f"picture {i}", i, i % 2)
         assert item["reward"] == (None if i == 2 else pytest.approx(2 * i / n)), "an unscored picture has no reward"
+
+
+def left(folder: Path) -> dict[str, str]:
+    """The stage of each sheet by its name, once its picture is there too."""
+    found = {file.stem: json.loads(file.read_text())["stage"] for file in sorted(folder.glob("*.json"))}
+    assert {file.stem for file in folder.glob("*.png")} == set(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("second", "name"),
+    [("second", "-second"), ("v1.5 a/b", "-v1.5_a_b"), ("alarm", "-alarm_"), ("x-alarm", "-x-alarm_")],
+)
+def test_the_opening_of_a_stage_leaves_the_closing_sheet_of_the_one_before(
+    samples_of: MakeSamples, tmp_path: Path, second: str, name: str
+) -> None:
+    samples, scores = samples_of(["x"], group=1), scores_of([[1.0]], [1.0])
+    closing = {"stage": "first", "step": 60, "at": 60}
+    for row in (closing, closing, {"stage": second, "step": 0, "at": 60}, {"stage": second, "step": 0, "at": 60}):
+        file = write_sheet(tmp_path, row, samples, scores)  # an evaluation made again replaces its own
+    assert left(tmp_path) == {"000060": "first", f"000060{name}": second}
+    assert file.name == f"000060{name}.png"
+    assert table(file).at == 60, "mirrors find what is beside it"
+
+
+def test_what_was_set_aside_stays_beside_what_comes_in_its_place(samples_of: MakeSamples, tmp_path: Path) -> None:
+    samples, scores = samples_of(["x"], group=1), scores_of([[1.0]], [1.0])
+    for row in ({"stage": "first", "step": 4, "at": 4}, {"stage": "alarm", "step": 0, "at": 4}):
+        write_sheet(tmp_path, row, samples, scores)
+        set_aside(tmp_path, row)
+        write_sheet(tmp_path, row, samples, scores)
+    names = {"000004": "first", "000004-alarm": "first", "000004-alarm_": "alarm", "000004-alarm_-alarm": "alarm"}
+    assert left(tmp_path) == names
+
+
+def test_without_a_sheet_there_is_nothing_to_set_aside(tmp_path: Path) -> None:
+    set_aside(tmp_path, {"stage": "main", "at": 4})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_prompt_came_with_stands_beside_its_picture(samples_of: MakeSamples, tmp_path: Path) -> None:

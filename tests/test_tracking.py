@@ -51,7 +51,7 @@ def test_a_torn_last_line_is_left_out_and_never_continued(tmp_path: Path) -> Non
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / Metrics.NAME).write_text('{"at": 1}\n{"at":\n{"at": 2}\n')
+    (tmp_path / Metrics.NAME).write_text(f'{json.dumps(train(1))}\n{{"at":\n{json.dumps(train(2))}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         Metrics.read(tmp_path)
 
@@ -73,6 +73,29 @@ def test_rewind_keeps_the_checkpoint_s_own_rows_and_leaves_no_other_file(tmp_pat
 def test_rewind_of_a_run_without_rows(tmp_path: Path) -> None:
     Metrics(tmp_path).rewind(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def sheets(folder: Path, *stages: tuple[str, str]) -> Path:
+    """(name, stage) of each; the JSON without a stage is torn."""
+    folder.mkdir(parents=True)
+    for name, stage in stages:
+        (folder / f"{name}.png").write_bytes(b"picture")
+        (folder / f"{name}.json").write_text(json.dumps({"stage": stage}) if stage else '{"sta')
+    return folder
+
+
+def test_rewind_forgets_the_sheets_of_the_rows_that_it_forgets_and_no_other_file(tmp_path: Path) -> None:
+    of_first = [(name, "first") for name in ("000000", "000004-alarm", "000004", "000005", "000006-alarm")]
+    of_second = [("000004-second", "second"), ("000003", "second"), ("1000000-second", "second")]
+    folder = sheets(tmp_path / "samples", *of_first, *of_second, ("000002", ""), ("000007", ""))
+    others = [folder / name for name in ("000009.txt", "mine.png", "notes.json", "9.png")]
+    for file in others:
+        file.write_text("kept")
+    tracker = Tracker(tmp_path, config={}, wandb="disabled", quiet=True)
+    tracker.rewind(4, ["second"])
+    tracker.close()
+    kept = [f"{name}.{end}" for name in ("000000", "000002", "000004", "000004-alarm") for end in ("json", "png")]
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*kept, *(file.name for file in others)])
 
 
 # ---- expectations

@@ -10,11 +10,13 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from rlkit.tracking import ASIDE
 
 LARGE, SMALL = (540, 250), (340, 190)  # width and height of a chart: what the page shows without scaling the letters
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 20, 26  # room for the numbers at the axes and the names of stages
@@ -235,6 +237,16 @@ class Sheet:
     items: tuple[dict[str, Any], ...]
 
     @property
+    def of(self) -> tuple[str, int]:
+        """Its evaluation: the stage, and the training steps before it."""
+        return self.stage, self.at
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is of weights that a monitor gave up by going back."""
+        return self.path.stem.endswith(ASIDE)
+
+    @property
     def small(self) -> bool:
         """Whether its pictures are pixel art."""
         return max(self.width, self.height) <= SMALL_TILE
@@ -244,9 +256,14 @@ class Sheet:
         return self.items[index].get("prompt"), self.items[index].get("seed")
 
 
-def sheets(folder: Path) -> list[Sheet]:
-    """The run's sheets in order. One that a killed run left half-written is left out. What a monitor left behind by
-    going back, STEP-alarm, stands before what it went back to, STEP: by name it does."""
+def sheets(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[Sheet]:
+    """The sheets of these evaluations, in their order; what a monitor left by going back before what it went back to.
+
+    Left out: one that a killed run left half-written, and those of evaluations that are in the record no more, since a
+    resumed run took their steps back.
+    """
+    places = {(row["stage"], row["at"]): place for place, row in enumerate(evaluations)}
+    restored = {(row["stage"], row["at"]) for row in evaluations if row.get("restored") is not None}
     found = []
     for path in sorted((folder / "samples").glob("*.json")):
         picture = path.with_suffix(".png")
@@ -257,11 +274,12 @@ def sheets(folder: Path) -> list[Sheet]:
             found.append(Sheet(picture, items=tuple(known["items"]), **numbers))
         except (OSError, ValueError, KeyError):
             continue
-    return sorted(found, key=lambda sheet: sheet.at)
+    found = [one for one in found if one.of in (restored if one.aside else places)]
+    return sorted(found, key=lambda one: (places[one.of], not one.aside))
 
 
 def pair(found: Sequence[Sheet]) -> list[Sheet]:
-    """The last sheet, and before it the first one of the same prompts and seeds; stages may ask for different ones."""
+    """The last sheet, and before it the first one of the same prompts and seeds: others may not show all of them."""
     if not found:
         return []
     last = found[-1]

@@ -160,8 +160,8 @@ def header(facts: Row, told: Sequence[str], environment: Row, planned: int) -> s
     return f'<header><p class="meta">{top}</p><h1>{escape(headline)}</h1>{more}</header>'
 
 
-def cards(changes: Mapping[str, Row], whose: str = "") -> str:
-    """The large numbers on top."""
+def cards(changes: Mapping[str, Row], whose: Mapping[str, str]) -> str:
+    """The large numbers on top. whose: of which stages each is, where it is not of all."""
     parts = []
     for name, change in changes.items():
         moved = ""
@@ -169,7 +169,7 @@ def cards(changes: Mapping[str, Row], whose: str = "") -> str:
             moved = f'<span class="{tone(direction(change))}">{difference(change)}</span>'
         now = change["before"] if change["after"] is None else change["after"]
         start = "" if change["after"] is None else f"from {change['before']:.3f} "
-        label = escape(f"held-out {name}{whose}")
+        label = escape(f"held-out {name}{whose[name]}")
         parts.append(f'<div class="card"><span>{label}</span><b>{now:.3f}</b>{start}{moved}</div>')
     return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
 
@@ -194,8 +194,11 @@ def _number(value: float | None) -> str:
     return "–" if value is None else number(value)
 
 
-def pictures(pair: Sequence[Sheet]) -> str:
-    """The same prompts from the same noise, at the first and at the last evaluation."""
+def pictures(pair: Sequence[Sheet], by: Sequence[str] = SCORES) -> str:
+    """The same prompts from the same noise, at the first and at the last evaluation.
+
+    by: the scores that say the same of both, in the order of SCORES.
+    """
     if not pair:
         return ""
     first, last = pair[0], pair[-1]
@@ -203,13 +206,13 @@ def pictures(pair: Sequence[Sheet]) -> str:
     matched = [(index, places[first.key(index)]) for index in range(len(first.items)) if first.key(index) in places]
     matched = matched[:PICTURES]
     olds, news = tiles(first, [old for old, _ in matched]), tiles(last, [new for _, new in matched])
-    ways = [_compare(first.items[old], last.items[new]) for old, new in matched]
+    ways = [_compare(first.items[old], last.items[new], by) for old, new in matched]
 
     def tiles_of(old: Sequence[str], new: Sequence[str]) -> list[str]:
         return [*old, *new[-1:]] if first is not last else list(old)
 
     cells = "".join(
-        _picture(first.items[old], last.items[new], way, tiles_of(old_tile, new_tile), last.drawn)
+        _picture(first.items[old], last.items[new], way, tiles_of(old_tile, new_tile), last.drawn, by)
         for (old, new), way, old_tile, new_tile in zip(matched, ways, olds, news, strict=True)
     )
     beside = "What was given, then: " if first.given else ""
@@ -227,16 +230,16 @@ def pictures(pair: Sequence[Sheet]) -> str:
     )
 
 
-def _compare(before: Row, after: Row) -> str:
+def _compare(before: Row, after: Row, by: Sequence[str]) -> str:
     """By the strictest score that tells them apart: a picture is right or wrong first, and more or less so second."""
-    for name in SCORES:
+    for name in by:
         old, new = before.get(name), after.get(name)
         if old is not None and new is not None and abs(new - old) > VISIBLE:
             return "better" if new > old else "worse"
     return ""
 
 
-def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bool) -> str:
+def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bool, by: Sequence[str]) -> str:
     prompt = escape(str(after.get("prompt", "")))
     if "text" in after:  # what was said, of a request if there was one
         words = [str(one.get("text", "")) for one in ((before, after) if before is not after else (after,))]
@@ -248,7 +251,7 @@ def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bo
     shown = "".join(f'<img src="{uri}" alt="{prompt}"{style}>' for uri in images)
     mark = {"better": '<i title="better">▲</i> ', "worse": '<i title="worse">▼</i> '}.get(way, "")
     marks = []
-    for name in SCORES:
+    for name in by:
         values = [one.get(name) for one in ((before, after) if before is not after else (after,))]
         if any(value is not None for value in values):
             numbers = " → ".join("–" if value is None else f"{value:.2f}".removesuffix(".00") for value in values)
@@ -256,12 +259,14 @@ def _picture(before: Row, after: Row, way: str, images: Sequence[str], drawn: bo
     return f'<div class="pair {way}">{shown}<p>{mark}{prompt}</p><div class="marks">{"".join(marks)}</div></div>'
 
 
-def scores(changes: Mapping[str, Row], whose: str = "") -> str:
+def scores(changes: Mapping[str, Row], whose: Mapping[str, str]) -> str:
+    """whose: of which stages each is, where it is not of all; said on top where it is the same for all of them."""
     if not changes:
         return ""
+    common = whose[next(iter(changes))] if len({whose[name] for name in changes}) == 1 else ""
     rows = []
     for name, change in changes.items():
-        label = escape(name.replace("/", " · "))
+        label = escape(name.replace("/", " · ") + ("" if common else whose[name]))
         moved = "–" if change["change"] is None else difference(change)
         style = ' class="part"' if "/" in name else ""
         rows.append(
@@ -274,7 +279,7 @@ def scores(changes: Mapping[str, Row], whose: str = "") -> str:
         "± is one standard error; that of a change takes the two sets of pictures as independent, which they are not: "
     )
     note += "it is rather too large. Colour marks changes of more than two."
-    title = f"<h2>Held-out prompts{escape(whose)}</h2>"
+    title = f"<h2>Held-out prompts{escape(common)}</h2>"
     return f'<section>{title}<table>{head}{"".join(rows)}</table><p class="note">{note}</p></section>'
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,10 @@ from rlkit.report.charts import Span
 from rlkit.tracking import Metrics
 
 Row = Mapping[str, Any]
+
+TRAINED_ON = ("per_step", "group", "kinds", "split")  # of a stage's data: what does not change its held-out prompts
+ASKED = ("when", "batch", "workers", "processes", "timeout", "retries", "ahead", "cache")  # of a reward: not its number
+JOINED = ("weight", "shift", "scale", "clip")  # of a reward: what only the total takes from it
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Run:
             hint = "The run ended before its first step, or this is not the folder of a run."
             raise DataError(f"no numbers in {Metrics.NAME}.", where=str(folder), hint=hint)
         text = _text(folder / "recipe.yaml")
-        environment = json.loads(_text(folder / "environment.json") or "{}")
-        return cls(folder, rows, text, yaml.safe_load(text) or {}, environment)
+        recipe = _mapping(folder / "recipe.yaml", text, yaml.safe_load)
+        running(recipe)  # for its errors
+        environment = _mapping(folder / "environment.json", _text(folder / "environment.json"), json.loads)
+        return cls(folder, rows, text, recipe, environment)
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
@@ -77,6 +83,35 @@ class Run:
         said = [row["event"] for row in self.events if row["event"] in ("finished", "interrupted", "resumed")]
         return said[-1:] == ["finished"]
 
+    def alike(self, stage: str, other: str, score: str) -> bool:
+        """Whether a held-out score says the same in both stages: of the same prompts, by the same rewards."""
+        return self._measure(stage, score) == self._measure(other, score)
+
+    def _measure(self, stage: str, score: str) -> Row:
+        """What makes a stage's held-out score what it is, as far as the recipe tells."""
+        told = (self.recipe.get("stages") or {}).get(stage) or {}
+        data = {name: value for name, value in (told.get("data") or {}).items() if name not in TRAINED_ON}
+        rewards = {name: _options(one) for name, one in (told.get("rewards") or {}).items()}
+        total = told.get("total") or {}
+        if score.partition("/")[0] == "reward":
+            counted = {name: one for name, one in rewards.items() if total.get("gates") or one.get("weight") != 0}
+            return {"data": data, "rewards": _without(ASKED, counted), "total": total}
+        givers = {name: rewards[name] for name in self._givers(score, rewards)}
+        return {"data": data, "rewards": _without((*ASKED, *JOINED), givers)}
+
+    def _givers(self, score: str, rewards: Mapping[str, Row]) -> list[str]:
+        """The reward of a stage that gives this score, `strict/place` for instance; all of them, where that is unknown.
+
+        Training rows have each component under the name of its reward.
+        """
+        name = score.partition("/")[0]
+        found = [name] if name in rewards else [one for one in rewards if f"{one}/{name}" in self._columns]
+        return found if len(found) == 1 else list(rewards)
+
+    @cached_property
+    def _columns(self) -> set[str]:
+        return {key for row in self.train for key in row}
+
     def ended(self, stage: str) -> bool:
         return stage in (self.stages if self.finished else self.stages[:-1])
 
@@ -104,6 +139,29 @@ class Run:
 
 def of(rows: Sequence[Row], stage: str) -> list[Row]:
     return [row for row in rows if row["stage"] == stage]
+
+
+def _options(reward: Any) -> Row:
+    """A recipe that nobody has resolved may have its weight alone."""
+    return reward if isinstance(reward, Mapping) else {"weight": reward}
+
+
+def _without(options: Collection[str], rewards: Mapping[str, Row]) -> dict[str, Row]:
+    return {name: {key: one[key] for key in one if key not in options} for name, one in rewards.items()}
+
+
+def _mapping(file: Path, text: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Of a file that the run has written; {} of one that is not there, which the report does without."""
+    import yaml
+
+    try:
+        found = read(text) if text.strip() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        what = f"cannot be read: {' '.join(str(error).split())}."
+        raise DataError(what, where=str(file), hint="Mend it, or take it away: the report does without.") from error
+    if not isinstance(found, dict):
+        raise DataError("holds no keys and values.", where=str(file), hint="Take it away: the report does without.")
+    return found
 
 
 def _text(path: Path) -> str:

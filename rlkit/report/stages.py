@@ -141,11 +141,16 @@ def _words(entry: Row) -> list[str]:
     if not entry["began"]:
         return [entry["why"]]
     why = "" if entry["ended"] == "steps" else f", {entry['why']}"
-    words = [f"{entry['steps']:,} of {entry['planned']:,} steps{why}"]
+    words = [f"{_steps(entry)} steps{why}"]
     if entry["held_out"] is not None:
         words.append(f"{entry['headline']} {_moved(entry['held_out'])}")
     words += [f"expected {one['metric']} {one['rule']}: {page.verdict(one['met'])}" for one in entry["expect"]]
     return [*words, page.duration(entry["seconds"])]
+
+
+def _steps(entry: Row) -> str:
+    """Made, and planned as far as the recipe is still there to say it."""
+    return f"{entry['steps']:,}" + (f" of {entry['planned']:,}" if entry["planned"] else "")
 
 
 def _moved(change: Row) -> str:
@@ -169,7 +174,7 @@ def _head(names: Sequence[str]) -> str:
 
 def _cells(entry: Row) -> list[str]:
     """The cells of one stage; of one that never began, what the recipe says of it."""
-    steps = f"{entry['steps']:,} of {entry['planned']:,}" if entry["began"] else ""
+    steps = _steps(entry) if entry["began"] else ""
     scored, moved, way = "", "", "same"
     if entry["held_out"] is not None:
         change = entry["held_out"]

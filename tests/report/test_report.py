@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rlkit.errors import DataError
+from rlkit.errors import DataError, RlkitError
 from rlkit.report import charts
 from rlkit.report import page as report_page
-from rlkit.report.summary import sentence, summary, write
+from rlkit.report import stages as report_stages
+from rlkit.report.summary import Run, sentence, summary, write
 from rlkit.tracking import Metrics
 
 RECIPE = """
@@ -79,18 +80,28 @@ def run_folder(folder: Path, rows: list[dict[str, Any]], recipe: str = RECIPE) -
     return folder
 
 
-def sheet(folder: Path, at: int, colour: tuple[int, int, int], strict: float, tile: int = 4, seed: int = 0) -> None:
-    """Three tiles in two columns; the last one is of the given colour."""
+def sheet(
+    folder: Path,
+    at: int,
+    colour: tuple[int, int, int],
+    strict: float,
+    tile: int = 4,
+    seed: int = 0,
+    stage: str = "main",
+    end: str = "",
+    reward: float = 0.5,
+) -> None:
+    """Three tiles in two columns; the last one is of the given colour. end: of its name, after the step."""
     (folder / "samples").mkdir(exist_ok=True)
     picture = Image.new("RGB", (2 * tile, 2 * tile))
     picture.paste(colour, (0, tile, tile, 2 * tile))
-    picture.save(folder / "samples" / f"{at:06d}.png")
+    picture.save(folder / "samples" / f"{at:06d}{end}.png")
     items = [
-        {"prompt": f"a <b>{i}</b>", "seed": seed + i, "reward": 0.5, "strict": strict if i == 2 else 1.0}
+        {"prompt": f"a <b>{i}</b>", "seed": seed + i, "reward": reward, "strict": strict if i == 2 else 1.0}
         for i in range(3)
     ]
     known = {
-        "stage": "main",
+        "stage": stage,
         "step": at,
         "at": at,
         "width": tile,
@@ -100,7 +111,12 @@ def sheet(folder: Path, at: int, colour: tuple[int, int, int], strict: float, ti
         "drawn": True,
         "items": items,
     }
-    (folder / "samples" / f"{at:06d}.json").write_text(json.dumps(known))
+    (folder / "samples" / f"{at:06d}{end}.json").write_text(json.dumps(known))
+
+
+def pair(folder: Path) -> list[charts.Sheet]:
+    """Of the sheets that the record has an evaluation of, in their order: what the page compares."""
+    return charts.pair(charts.sheets(folder, Run.open(folder).evaluations))
 
 
 @pytest.fixture
@@ -224,6 +240,21 @@ def test_a_reward_that_rises_while_strict_falls_is_named(tmp_path: Path) -> None
     assert "Reward rose while strict fell" in sentence(summary(run_folder(tmp_path / "run", rows)))
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((1024, 1024), "± 0.042, 1,024 images)"),
+        ((1024, 64), "± 0.042, 64 images, and 1,024 before)"),  # a run that was killed between its ends
+        ((64, 1024), "± 0.042, 64 images, and 1,024 after)"),
+    ],
+)
+def test_a_change_is_of_as_many_images_as_its_smaller_end(tmp_path: Path, counts: tuple[int, int], words: str) -> None:
+    rows = [evaluation(at, 0.25 + at, count=count) for at, count in enumerate(counts)]
+    facts = summary(run_folder(tmp_path / "run", rows))
+    assert words in sentence(facts)
+    assert facts["held_out"]["strict"]["count"] == min(counts)
+
+
 # ---- the page
 
 
@@ -259,11 +290,41 @@ def test_pictures_beside_the_page(finished: Path) -> None:
 
 
 def test_before_is_the_first_sheet_of_the_same_prompts(finished: Path) -> None:
-    sheet(finished, 0, RED, 0.0, seed=100)  # of an earlier stage
+    sheet(finished, 0, RED, 0.0, seed=100)
     sheet(finished, 2, RED, 0.0)
     sheet(finished, 4, BLUE, 0.0)
     (finished / "samples" / "000006.json").write_text('{"stage": "ma')  # killed while writing
-    assert [one.at for one in charts.pair(charts.sheets(finished))] == [2, 4]
+    assert [one.at for one in pair(finished)] == [2, 4]
+
+
+def test_sheets_of_steps_that_a_resumed_run_took_back_are_no_after(tmp_path: Path) -> None:
+    rows = [evaluation(0, 0.2), train(1), train(2), event(2, "resumed"), train(3), evaluation(3, 0.3)]
+    folder = run_folder(tmp_path / "run", rows)
+    for at, end in ((0, ""), (3, "-alarm"), (3, ""), (4, "")):  # an earlier future had a monitor go back at step 3
+        sheet(folder, at, BLUE, 0.0, end=end)
+    assert [one.path.stem for one in pair(folder)] == ["000000", "000003"]
+    assert [one.path.stem for one in charts.sheets(folder, Run.open(folder).evaluations)] == ["000000", "000003"]
+
+
+def test_a_sheet_that_was_set_aside_stands_before_what_was_restored(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", [evaluation(0, 0.2), evaluation(4, 0.1), evaluation(4, 0.2, restored=0)])
+    for end in ("", "-alarm"):
+        sheet(folder, 4, BLUE, 0.0, end=end)
+    stems = [one.path.stem for one in charts.sheets(folder, Run.open(folder).evaluations)]
+    assert stems == ["000004-alarm", "000004"]
+
+
+def test_the_closing_sheet_of_a_stage_stands_before_the_opening_one_of_the_next(tmp_path: Path) -> None:
+    rows = [
+        evaluation(0, 0.1, stage="easy"),
+        evaluation(4, 0.2, stage="easy"),
+        evaluation(4, 0.3, stage="a", step=0),
+    ]
+    folder = run_folder(tmp_path / "run", rows, recipe="")
+    for stage, end in (("easy", ""), ("a", "-a")):
+        sheet(folder, 4, BLUE, 0.0, stage=stage, end=end)
+    stems = [one.path.stem for one in charts.sheets(folder, Run.open(folder).evaluations)]
+    assert stems == ["000004", "000004-a"], "as they were made, whatever their names"
 
 
 def test_large_tiles_become_thumbnails(finished: Path) -> None:
@@ -312,7 +373,7 @@ def test_what_was_given_and_pictures_that_are_not_square_are_cut_where_they_lie(
     items = [{"prompt": str(i), "seed": i} for i in range(3)]
     known = {"stage": "main", "at": 1, "width": 6, "height": 4, "given": 1, "columns": 2, "drawn": True, "items": items}
     (tmp_path / "samples" / "000001.json").write_text(json.dumps(known))
-    (sheet,) = charts.sheets(tmp_path)
+    (sheet,) = charts.sheets(tmp_path, [evaluation(1, 0.5)])
     ((given, made),) = charts.tiles(sheet, [2])
     for uri, colour in ((given, (0, 0, 255)), (made, (255, 0, 0))):
         cut = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB")
@@ -329,7 +390,7 @@ def test_texts_are_shown_beside_what_they_are_about(finished: Path) -> None:
         known = json.loads(file.read_text())
         known |= {"items": [item | {"text": text} for item in known["items"]], "drawn": False}
         file.write_text(json.dumps(known))
-    page = report_page.pictures(charts.pair(charts.sheets(finished)))
+    page = report_page.pictures(pair(finished))
     assert "a red &lt;circle&gt; → a blue circle" in page
     assert "Said of each picture: step 0 → step 4. Of these 3 texts" in page
     assert page.count("<img") == 3, "one picture each: it is the same before and after"
@@ -342,7 +403,7 @@ def test_what_an_agent_drew_stands_with_the_request_and_what_it_told_the_generat
         known = json.loads(file.read_text())
         known["items"] = [item | {"prompt": "the flag of Kesh Bay", "text": text} for item in known["items"]]
         file.write_text(json.dumps(known))
-    page = report_page.pictures(charts.pair(charts.sheets(finished)))
+    page = report_page.pictures(pair(finished))
     assert "the flag of Kesh Bay: – → a blue circle" in page
     assert page.count("<img") == 6, "before and after"
     assert "Of these 3 pictures" in page
@@ -366,6 +427,116 @@ def test_a_run_of_several_tasks_is_summed_up_by_its_last_one(tmp_path: Path) -> 
     alike = told.format(data.format("edit", "[add]"), data.format("edit", "null"))
     facts = summary(run_folder(tmp_path / "other", rows, alike))
     assert (facts["held_out"]["strict"]["before"], facts["held_out"]["strict"]["after"]) == (0.5, 0.2)
+
+
+# ---- stages with other rewards
+
+TWO = """
+stages:
+  first: {{data: {{name: world}}, rewards: {first}, total: {{form: sum, gates: []}}, steps: 2}}
+  second: {{data: {{name: world}}, rewards: {second}, total: {{form: sum, gates: []}}, steps: 2}}
+"""
+
+
+def rewarded(folder: Path, first: str, second: str, recipe: str = TWO, strict: bool = False) -> Path:
+    """A run of two stages, both of which get better at what they are rewarded for. strict: it is measured, too."""
+    rows = []
+    for at, stage, step, reward in (
+        (0, "first", 0, 0.1),
+        (2, "first", 2, 0.4),
+        (2, "second", 0, -0.8),
+        (4, "second", 2, -0.5),
+    ):
+        row = evaluation(at, 0.1 * (at + 1), stage=stage, step=step) | {"held_out/reward": reward}
+        rows += [train(at, stage) | {"step": step} | ({"composition/strict": 0.5} if strict else {})] * (step > 0)
+        rows.append({key: value for key, value in row.items() if strict or "strict" not in key})
+    return run_folder(folder, [*rows, event(4, "finished")], recipe.format(first=first, second=second))
+
+
+def test_stages_with_other_rewards_are_not_compared_by_their_totals(tmp_path: Path) -> None:
+    folder = rewarded(tmp_path / "run", "{brightness: {weight: 1.0}}", "{jpeg_size: {weight: 1.0}}")
+    facts = summary(folder)
+    reward = facts["held_out"]["reward"]
+    assert (reward["before"], reward["after"], reward["of"]) == (-0.8, -0.5, ["second"]), "the last stage sums up"
+    first, *others = sentence(facts).splitlines()
+    assert first.startswith("Held-out reward of second rose from -0.800 to -0.500 (")
+    assert [re.search(r"reward .*? \(", one)[0] for one in others] == [
+        "reward 0.100 to 0.400 (",
+        "reward -0.800 to -0.500 (",
+    ]
+    page = write(folder).read_text()
+    assert "<span>held-out reward of second</span><b>-0.500</b>from -0.800 " in page
+    assert "Held-out prompts of second" in page
+
+
+def test_a_score_that_does_not_depend_on_weights_is_compared_over_all_stages(tmp_path: Path) -> None:
+    told = "{{composition: {{weight: {}}}, brightness: {{weight: 1.0}}}}"
+    folder = rewarded(tmp_path / "run", told.format(1.0), told.format(0.5), strict=True)
+    facts = summary(folder)
+    assert (facts["headline"], facts["held_out_of"]) == ("strict", ["first", "second"])
+    text = sentence(facts)
+    assert "Held-out strict reward rose from 0.100 to 0.500" in text
+    assert "Held-out reward of second rose from -0.800 to -0.500 (+0.300, 1,024 images)." in text
+    page = write(folder).read_text()
+    assert "<span>held-out strict</span>" in page
+    assert "<span>held-out reward of second</span>" in page
+    assert "<td>reward of second</td>" in page
+    assert "<td>strict</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("second", "strict", "reward"),
+    [
+        ("{composition: {weight: 1.0, form: loose}, brightness: {weight: 1.0}}", False, False),
+        ("{composition: {weight: 1.0, scale: 2.0}, brightness: {weight: 1.0}}", True, False),
+        ("{composition: {weight: 1.0, workers: 4}, brightness: {weight: 1.0}}", True, True),
+        ("{composition: {weight: 1.0}, brightness: {weight: 1.0}, sharpness: {weight: 0.0}}", True, True),
+        ("{composition: {weight: 1.0}, brightness: {weight: 1.0, dark: true}}", True, False),
+        ("{brightness: {weight: 1.0}}", False, False),
+    ],
+)
+def test_what_a_score_depends_on(tmp_path: Path, second: str, strict: bool, reward: bool) -> None:
+    folder = rewarded(tmp_path / "run", "{composition: {weight: 1.0}, brightness: {weight: 1.0}}", second, strict=True)
+    run = Run.open(folder)
+    assert run.alike("first", "second", "strict/place") is strict
+    assert run.alike("first", "second", "reward/place") is reward
+
+
+@pytest.mark.parametrize("total", ["{form: product, gates: []}", "{form: sum, gates: [{when: a < 1, at_most: 0}]}"])
+def test_a_reward_joined_in_another_way_is_another_one(tmp_path: Path, total: str) -> None:
+    before, _, after = TWO.rpartition("{{form: sum, gates: []}}")
+    recipe = before + total.replace("{", "{{").replace("}", "}}") + after
+    same = "{composition: {weight: 1.0}}"
+    run = Run.open(rewarded(tmp_path / "run", same, same, recipe, strict=True))
+    assert not run.alike("first", "second", "reward")
+    assert run.alike("first", "second", "strict")
+
+
+def test_reward_and_strict_of_other_stages_do_not_make_a_hack(tmp_path: Path) -> None:
+    told = "{{composition: {{weight: {}}}, brightness: {{weight: 1.0}}}}"
+    folder = rewarded(tmp_path / "run", told.format(1.0), told.format(0.0), strict=True)
+    rows = [row | ({"held_out/strict": 0.9} if row["at"] == 0 else {}) for row in Metrics.read(folder)]
+    facts = summary(run_folder(tmp_path / "other", rows, (folder / "recipe.yaml").read_text()))
+    assert "strict reward fell" in sentence(facts)
+    assert "Reward rose while strict fell" not in sentence(facts), "reward rose in the second stage, as strict did"
+
+
+def test_pictures_are_counted_by_what_both_stages_measure(tmp_path: Path) -> None:
+    told = "{{composition: {{weight: {}}}, brightness: {{weight: 1.0}}}}"
+    folder = rewarded(tmp_path / "run", told.format(1.0), told.format(0.5), strict=True)
+    sheet(folder, 0, RED, 0.0, stage="first", reward=0.4)
+    sheet(folder, 4, BLUE, 1.0, stage="second", reward=-0.5)
+    page = write(folder).read_text()
+    assert "1 got better and 0 got worse" in page, "not by a reward that fell for all three"
+    assert "<small>reward<br>" not in page
+
+
+def test_pictures_of_stages_that_no_score_compares_are_those_of_the_last(tmp_path: Path) -> None:
+    folder = rewarded(tmp_path / "run", "{brightness: {weight: 1.0}}", "{jpeg_size: {weight: 1.0}}")
+    for at, stage, end, reward in ((0, "first", "", 0.1), (2, "second", "-second", -0.8), (4, "second", "", -0.5)):
+        sheet(folder, at, RED, 1.0, stage=stage, end=end, reward=reward)
+    page = write(folder).read_text()
+    assert "Left: step 2. Right: step 4. Of these 3 pictures, 3 got better and 0 got worse." in page
 
 
 # ---- several stages
@@ -536,3 +707,31 @@ def test_the_page_of_one_stage_has_neither(finished: Path) -> None:
     assert "after each stage" not in page
     assert "What the recipe expects" in page
     assert "\n" not in sentence(summary(finished))
+
+
+DAMAGES = {
+    "a recipe that was cut off": ("recipe.yaml", "stages: {main: [", "recipe.yaml: cannot be read"),
+    "a recipe that is a list": ("recipe.yaml", "- 1\n", "recipe.yaml: holds no keys"),
+    "an order of stages that are gone": (
+        *("recipe.yaml", "run: {order: [mian]}\nstages: {main: {steps: 1}}\n"),
+        "run.order: the recipe has no stage named 'mian'. Did you mean 'main'",
+    ),
+    "an environment that was cut off": ("environment.json", '{"python": "3.1', "environment.json: cannot be read"),
+    "a number among the rows": ("metrics.jsonl", "123\n", "metrics.jsonl:1: this line is no row: it needs kind"),
+    "a row without its keys": ("metrics.jsonl", '{"foo": 1}\n', "metrics.jsonl:1: this line is no row"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_told_by_its_file(finished: Path, case: str) -> None:
+    name, text, said = DAMAGES[case]
+    (finished / name).write_text(text)
+    with pytest.raises(RlkitError, match=re.escape(said)):
+        summary(finished)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json"])
+def test_a_report_does_without_what_is_not_there(finished: Path, name: str) -> None:
+    (finished / name).unlink(missing_ok=True)
+    assert write(finished).stat().st_size > 1000
+    assert "of 0" not in "\n".join(report_stages.lines(summary(finished)["course"], None))
