@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +67,14 @@ class Conversation:
         return self.read + self.said + self.replies
 
 
+def is_here(data: Any) -> bool:
+    """Whether opening this data reads only what is on this machine: a plan downloads nothing."""
+    sources = getattr(data, "sources", None)
+    several = sources.values() if isinstance(sources, Mapping) else ()
+    paths = [getattr(data, "path", None), *(one.get("path") for one in several if isinstance(one, Mapping))]
+    return all(Path(one).expanduser().exists() for one in paths if isinstance(one, str))
+
+
 def writer_of(rollout: Any) -> tuple[Any, Any]:
     """(the agent or relay around it, or itself; the rollout that writes)."""
     whole = getattr(rollout, "agent", rollout)
@@ -103,9 +113,11 @@ def _prompts(stage: Stage, backbone: Any, instructions: str) -> float | None:
     """Mean tokens of the first step's prompts, of a backbone that ships with rlkit. None: they cannot be read."""
     if getattr(inspect.getmodule(type(backbone)), "BASE", None) is None or getattr(backbone, "path", None):
         return None
+    if not is_here(stage.data):
+        return None
     try:
         drawn = stage.data.open().draw(0, stage.name, 0).prompts
-    except DataError:  # the files are not here: the plan goes on with an assumption, and says so
+    except DataError:  # what is here cannot be read: the plan goes on with an assumption, and says so
         return None
     model: TokenModel = backbone.load(torch.device("cpu"), torch.float32)
     told = [replace(one, system="\n\n".join(filter(None, (instructions, one.system)))) for one in drawn]

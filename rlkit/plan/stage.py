@@ -2,7 +2,8 @@
 
 Counted: forward passes, backward passes at twice the forward (at once where LoRA needs no gradient of most weights),
 the forward again with checkpointing, the optimiser's reading and writing, the exchange of gradients between devices,
-evaluations, and the writing of answers. Not counted: rewards, decoding, encoding of prompts, checkpoints, start-up.
+evaluations (of other stages too, where `evaluate.also` names them), and the writing of answers. Not counted: rewards,
+decoding, encoding of prompts, checkpoints, start-up.
 
 Of a policy of parts, each stage has the work of its own: the captioner writes, and reads what it wrote; the generator
 draws; what the stage trains has a backward pass. The connector is two layers, and is not counted.
@@ -11,14 +12,17 @@ draws; what the stage trains has a backward pass. The connector is two layers, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlkit import registry
+from rlkit.data.prompts import WorldPrompts
+from rlkit.errors import DataError
+from rlkit.held_out import prompts_of
 from rlkit.plan import answers as plan_answers
 from rlkit.plan import calls as plan_calls
-from rlkit.plan.answers import Conversation, Known, Writing, writer_of
+from rlkit.plan.answers import Conversation, Known, Writing, is_here, writer_of
 from rlkit.plan.devices import Device, Machine
 from rlkit.plan.memory import ROOM, Footprint, cures, footprint
 from rlkit.plan.sizes import Size, size_of
@@ -104,7 +108,7 @@ class Work:
 def _work(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Work:
     if setup.policy.parts or stage.algorithm.needs().kind != "flow":
         return _of_words(setup, stage, machine, known)
-    size = size_of(setup.policy.backbone, "source" in getattr(stage.data, "gives", ()))
+    size = size_of(setup.policy.backbone, _edits(stage))
     calls = plan_calls.rehearse(stage, setup.policy.guidance, machine.count)
     held = footprint(setup, stage, machine.count, size, calls.mean)
     seconds = step_seconds(held, calls.mean, machine, stage.data.per_step * stage.data.group)
@@ -136,20 +140,55 @@ def step_seconds(footprint: Footprint, calls: plan_calls.StepCalls, machine: Mac
     }
 
 
+def _edits(stage: Stage) -> bool:
+    """Whether each row has another picture in its sequence."""
+    return "source" in getattr(stage.data, "gives", ())
+
+
+def _panels(stage: Stage) -> tuple[int, int]:
+    """(prompts of the stage's first and of its last evaluation, prompts of each one between)."""
+    asked = stage.evaluate.ends or stage.evaluate.held_out, stage.evaluate.held_out
+    there = _there(stage, max(asked))
+    return min(asked[0], there), min(asked[1], there)
+
+
+def _there(stage: Stage, count: int) -> int:
+    """How many held-out prompts an evaluation finds that asks for so many: as many, where nothing here can tell."""
+    # The embedded world has as many as anybody asks for, and would draw a picture for each.
+    if not count or isinstance(stage.data, WorldPrompts) or not is_here(stage.data):
+        return count
+    try:
+        return len(prompts_of(stage, count))
+    except DataError:
+        return count
+
+
 def _evaluated(stage: Stage) -> int:
     """Samples of a stage's evaluations: before the first step, after the last, and every so many between."""
-    told = stage.evaluate
-    between = (stage.steps - 1) // told.every if told.every else 0
-    ends = told.held_out if told.ends is None else told.ends
-    return between * told.held_out + 2 * ends
+    ends, each = _panels(stage)
+    between = (stage.steps - 1) // stage.evaluate.every if stage.evaluate.every else 0
+    return between * each + 2 * ends
+
+
+def _of_others(stage: Stage) -> Iterator[tuple[Stage, int]]:
+    """The other stages that `evaluate.also` names, each with its samples at the two ends of this one.
+
+    They are drawn with the stage's own evaluations: where that has no prompts, there are none.
+    """
+    others = [one for one in stage.also if one.name != stage.name]
+    if others and _panels(stage)[0]:
+        yield from ((one, 2 * _panels(one)[0]) for one in others)
 
 
 def _evaluations(setup: Setup, stage: Stage, footprint: Footprint, machine: Machine) -> float:
     """Seconds of a stage's evaluations."""
-    pictures = _evaluated(stage)
-    double = 1 if setup.policy.guidance == 1 else 2
-    rows = pictures * (stage.evaluate.steps or stage.rollout.steps) * double
-    return step_seconds(footprint, plan_calls.StepCalls(sampled=rows), machine, max(1, pictures))["sample"]
+    double, seconds = _double(setup.policy.guidance), 0.0
+    for one, pictures in ((stage, _evaluated(stage)), *_of_others(stage)):
+        alike = _edits(one) == _edits(stage)
+        held = footprint if alike else replace(footprint, size=size_of(setup.policy.backbone, _edits(one)))
+        rows = pictures * (one.evaluate.steps or one.rollout.steps) * double
+        seconds += step_seconds(held, plan_calls.StepCalls(sampled=rows), machine, max(1, pictures))["sample"]
+    return seconds
 
 
 # ---- policies that write ---------------------------------------------------------------------------------------------
@@ -178,10 +217,11 @@ def _of_words(setup: Setup, stage: Stage, machine: Machine, known: Known) -> Wor
         "draw": drawn.rows * drawn.flops / machine.count / speed,
     }
     samples = stage.data.per_step * stage.data.group
-    shows = _writing(setup, stage, machine, words, told, acts, always=True)  # each prompt has an answer of its own
-    said = shows.seconds(machine.device, speed) + (shows.rows * words.flops(told.said, 1) / speed if parts else 0.0)
-    each = said / (samples if acts else stage.data.per_step) + drawn.shown * drawn.flops / machine.count / speed
-    evaluations = each * _evaluated(stage)
+    evaluations = _evaluated(stage) * _showing(setup, stage, machine, words, told, acts, drawn)
+    for named, pictures in _of_others(stage):  # never of a policy of parts
+        talk = plan_answers.conversation(named, backbone, words, known)
+        theirs = _drawn(setup, named, None, acts, calls.mean)
+        evaluations += pictures * _showing(setup, named, machine, words, talk, acts, theirs)
     # Devices that have one conversation less than the busiest wait, and compute nothing.
     written = (samples if acts else stage.data.per_step) if writes.rows else 0
     flops = (writes.reading + writes.saying + heard) * written / max(1, writes.rows) + drawn.rows * drawn.flops
@@ -236,6 +276,18 @@ def _writing(
     batch = entry.sequences if engine else entry.batch or max(rows, 1)
     number = 2 if setup.options.precision == "bf16" else 4
     return Writing(words, told, rows, min(rows, prompts), batch, number, engine)
+
+
+def _showing(
+    setup: Setup, stage: Stage, machine: Machine, words: Words, told: Conversation, acts: bool, drawn: Drawn
+) -> float:
+    """Seconds of one sample of an evaluation."""
+    speed = _speed(setup, machine.device)
+    shows = _writing(setup, stage, machine, words, told, acts, always=True)  # each prompt has an answer of its own
+    heard = shows.rows * words.flops(told.said, 1) if setup.policy.parts else 0.0
+    rows = stage.data.per_step * (stage.data.group if acts else 1)
+    said = (shows.seconds(machine.device, speed) + heard / speed) / rows
+    return said + drawn.shown * drawn.flops / machine.count / speed
 
 
 def _writer_held(

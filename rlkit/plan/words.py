@@ -2,7 +2,7 @@
 
 Found in this order: the configuration in the backbone's folder, which may be the one that ships with rlkit; the
 published configuration of a checkpoint that is listed here. It is built on the meta device, and counted as the networks
-of `plan_sizes` are; the vision tower's first convolution too, which cuts a picture into patches.
+of sizes.py are; the vision tower's first convolution too, which cuts a picture into patches.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from rlkit import sources
 from rlkit.errors import RecipeError, RlkitError
 from rlkit.sweep import file as sweep_file
 from rlkit.sweep import table as sweep_table
-from rlkit.sweep.file import Setting, Sweep
+from rlkit.sweep.file import SEED, Setting, Sweep
 from rlkit.sweep.trials import INTERRUPTED, OPEN, Board, Crew, Trial, run_trials, still_running
 from rlkit.tracking import HELD_OUT
 
@@ -56,7 +56,8 @@ def _seeds(word: str) -> tuple[int, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 when every trial finished or was stopped early, 1 when one failed, 130 after Ctrl+C."""
+    """0 when every trial finished or was stopped early, 1 when one failed, 130 after Ctrl+C, of the sweep or of one
+    trial: there is something to go on with."""
     for word in options.show:
         if sources.is_override(word):
             hint = "Write the changes first: rlkit sweep FILE key=value --show METRIC"
@@ -69,10 +70,11 @@ def run(options: argparse.Namespace) -> int:
     asked = run_trials(sweep, board, crew, partial(next, coming, None))
     told = sweep_table.write(sweep, board)
     print(f"\n{sweep_table.markdown(told)}\n{board.folder / 'table.md'}")
-    if asked:
+    states = {one.state for one in board.trials.values()}
+    if asked or "interrupted" in states:
         print(f"interrupted; go on with: rlkit sweep --resume {board.folder}", file=sys.stderr)
         return INTERRUPTED
-    return 1 if any(one.state == "failed" for one in board.trials.values()) else 0
+    return 1 if "failed" in states else 0
 
 
 def _counted(sweep: Sweep, board: Board) -> str:
@@ -236,10 +238,11 @@ def proposed(sweep: Sweep, board: Board) -> Setting:
         elif one.state not in ("failed", "refused"):
             pending.append(_place(sweep, one.setting))
     size = len(_place(sweep, candidates[0]))
-    shaped = [np.array(one, dtype=float).reshape(-1, size) for one in (points, pending)]
-    others = np.array([_place(sweep, one) for one in candidates], dtype=float).reshape(-1, size)
-    return candidates[sweep_bayes.propose(shaped[0], np.array(values), shaped[1], others)]
+    others = [_place(sweep, one) for one in candidates]
+    shaped = [np.array(one, dtype=float).reshape(len(one), size) for one in (points, pending, others)]
+    return candidates[sweep_bayes.propose(shaped[0], np.array(values), shaped[1], shaped[2])]
 
 
 def _place(sweep: Sweep, setting: Mapping[str, Any]) -> list[float]:
-    return [number for one in sweep.parameters for number in one.place(setting[one.key])]
+    """Without the seed: whichever it is, it brings another measurement of the same number."""
+    return [number for one in sweep.parameters if one.key != SEED for number in one.place(setting[one.key])]

@@ -66,6 +66,11 @@ class Sweep:
         keys = [one.key for one in self.parameters]
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*several)]
 
+    def seeds(self) -> list[Any]:
+        """Those that the file lists, for each setting alike; [] where it lists none."""
+        several = [one for one in self.parameters if one.key == SEED]
+        return [seed for one in several for seed in (one.listed() if self.method == "grid" else one.values)]
+
     def drawn(self, seed: int, index: int) -> Setting:
         """A random setting: a pure function of the seed and its number, so a longer sweep begins as the shorter."""
         return {one.key: one.at(random.Random(f"{seed} {index} {one.key}").random()) for one in self.parameters}

@@ -1,7 +1,7 @@
 """The table of a sweep: one row for each setting, its seeds together, the best first.
 
 A trial's value is the last that it logged, never its best. A setting whose trials all finished comes before one that
-lacks some: what is left of three seeds after two failed is no mean of three.
+lacks some: what is left of three seeds after two failed, or were never begun, is no mean of three.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def _row(sweep: Sweep, board: Board, trials: Sequence[Trial]) -> dict[str, Any]:
             more = {name: _last(board, chosen, name) for name in board.facts.get("show", ())}
             break
     mean = sum(counted) / len(counted) if counted else None
+    begun = {one["seed"] for one in told}
+    lacking = [seed for seed in board.facts.get("seeds") or sweep.seeds() if seed not in begun]
     return {
         "setting": _without_seed(trials[0].setting),
         "mean": mean,
@@ -70,8 +72,9 @@ def _row(sweep: Sweep, board: Board, trials: Sequence[Trial]) -> dict[str, Any]:
         "min": min(counted, default=None),
         "max": max(counted, default=None),
         "n": len(counted),
+        "of": len(told) + len(lacking),  # trials, with those of the sweep's seeds that were never begun
         "more": {k: {"mean": sum(v) / len(v) if v else None, "std": _std(v), "n": len(v)} for k, v in more.items()},
-        "complete": len(counted) == len(told) and all(one["state"] == "finished" for one in told),
+        "complete": len(counted) == len(told) + len(lacking) and all(one["state"] == "finished" for one in told),
         "trials": told,
     }
 
@@ -106,14 +109,14 @@ def write(sweep: Sweep, board: Board) -> dict[str, Any]:
 def markdown(told: Mapping[str, Any]) -> str:
     rows = told["rows"]
     keys = [key for key in rows[0]["setting"] if len({str(row["setting"].get(key)) for row in rows}) > 1]
-    seeds = any(len(row["trials"]) > 1 for row in rows)
+    seeds = any(row["of"] > 1 for row in rows)
     spread = ["min to max", "std", "n"] if seeds else []
     shown = told["show"]
     lines = [[*short(keys).values(), told["metric"], *spread, *shown, "state", "trials"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         ends = "" if row["n"] < 2 else f"{row['min']:.4g} to {row['max']:.4g}"
-        count = f"{row['n']}" if row["complete"] else f"{row['n']} of {len(row['trials'])}"
+        count = f"{row['n']}" if row["complete"] else f"{row['n']} of {row['of']}"
         deviation = "" if row["std"] is None else f"{row['std']:.2g}"
         value = "" if row["mean"] is None else f"{row['mean']:.4g}"
         setting = [str(row["setting"].get(key)) for key in keys]

@@ -29,6 +29,7 @@ State = Literal["waiting", "running", "finished", "stopped", "interrupted", "fai
 
 INTERRUPTED = 130  # as `rlkit train` ends after Ctrl+C
 OPEN = ("waiting", "interrupted", "failed", "running")  # what a resumed sweep begins, or goes on with
+FOLDER = "run.dir="  # of a trial, in its command line
 PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -123,7 +124,8 @@ def still_running(board: Board) -> list[Trial]:
 
 
 def _alive(process: int | None, folder: Path) -> bool:
-    """Whether this process is still the one of that folder. Without /proc a number that is in use counts."""
+    """Whether this process is still the one of that folder, however its command line and this one write the path.
+    Without /proc a number that is in use counts."""
     if process is None:
         return False
     try:
@@ -131,7 +133,11 @@ def _alive(process: int | None, folder: Path) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     line = Path(f"/proc/{process}/cmdline")
-    return str(folder).encode() in line.read_bytes() if line.exists() else True
+    if not line.exists():
+        return True
+    words = [os.fsdecode(word) for word in line.read_bytes().split(b"\0")]
+    written = [word.removeprefix(FOLDER) for word in words if word.startswith(FOLDER)]
+    return folder.resolve() in [(line.parent / "cwd" / one).resolve() for one in written]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def command(sweep: Sweep, board: Board, trial: Trial, threads: int) -> list[str]
     words = [*sweep.words, *board.facts["words"]]
     mine = [] if any(word.lstrip("+").startswith("run.threads=") for word in words) else [f"run.threads={threads}"]
     again = ["--resume", str(folder)] if folder.exists() else []
-    return ["train", sweep.recipe, *words, *trial.words(), *mine, f"run.dir={folder}", *again]
+    return ["train", sweep.recipe, *words, *trial.words(), *mine, f"{FOLDER}{folder}", *again]
 
 
 def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

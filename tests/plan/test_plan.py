@@ -1,6 +1,7 @@
 """What is planned against closed numbers, and against what a run's own metrics count."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from rlkit import cli, recipe, registry
+from rlkit.data.prompts import HubPrompts
 from rlkit.errors import RecipeError
 from rlkit.plan import answers as plan_answers
 from rlkit.plan import calls as plan_calls
@@ -16,6 +18,7 @@ from rlkit.plan import memory as plan_memory
 from rlkit.plan import sizes as plan_sizes
 from rlkit.plan import stage as plan_stage
 from rlkit.plan import words as plan_words
+from rlkit.types import Prompt
 from rlkit.weights import Lora
 
 QUICK = (
@@ -174,8 +177,6 @@ def test_memory_follows_what_is_chosen(change, part, bytes_):
 
 
 def test_nobody_decodes_while_rows_are_trained_on():
-    from dataclasses import replace
-
     drawing = toy(size=replace(TOY, pixels=100))
     assert drawing.memory["decoding"] == 4 * 100 * plan_memory.DECODING
     assert drawing.total == sum(drawing.memory.values()) - drawing.memory["activations"]
@@ -209,6 +210,106 @@ def test_flops_and_seconds_of_a_step():
     assert seconds["train"] == pytest.approx(14e6 * busiest / 0.5e6)
     assert seconds["update"] == pytest.approx(2 * plan_stage.UPDATE * 1000 / 1e6)
     assert seconds["exchange"] == pytest.approx(2 * 8 * 1000 / 1e5)
+
+
+# --------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluated(setup, known=plan_stage.LIMITS):
+    """Seconds of the evaluations of a recipe's first stage on one H200, times its speed: FLOPs."""
+    machine = plan_devices.machine("H200", None)
+    found = plan_stage.predict(setup, machine, known)[0]
+    seconds = found.hours * 3600 - found.steps * found.step_seconds
+    return seconds * machine.device.fp32 * machine.device.efficiency
+
+
+def pictures(*changes, data=None):
+    """How many the first and the last evaluation of the quickstart draw, if each takes eight steps."""
+    setup, stage = stage_of("quickstart", "stages.main.learner.batch=16", *changes)
+    if data is not None:
+        setup = replace(setup, stages=(replace(stage, data=data),))
+    return evaluated(setup) / 8 / plan_sizes.size_of(setup.policy.backbone).flops
+
+
+SMALL = (
+    *("run.order=[t2i]", "stages.t2i.steps=1", "stages.t2i.data.per_step=1", "stages.t2i.data.group=2"),
+    *("stages.t2i.learner.batch=4", "stages.t2i.learner.decay=null", "stages.t2i.learner.lr_end=0.0"),
+)
+
+
+def test_an_evaluation_of_other_stages_takes_their_prompts_their_steps_and_their_rows():
+    changes = [*SMALL, "policy.backbone.name=omnigen2", "stages.t2i.evaluate.ends=null"]
+    changes += ["stages.t2i.evaluate.every=0", "stages.t2i.evaluate.held_out=8", "stages.edit.evaluate.ends=3"]
+    changes += ["stages.edit.evaluate.steps=20", "stages.in_context.evaluate.ends=0"]
+    changes += ["stages.in_context.evaluate.held_out=5", "stages.in_context.rollout.steps=7"]
+    setup = recipe.read("world_omnigen2", changes)
+    plain, edits = (plan_sizes.size_of(setup.policy.backbone, reads_source=one).flops for one in (False, True))
+    assert evaluated(setup) == pytest.approx(2 * (8 * 10 + 5 * 7) * plain + 2 * 3 * 20 * edits, rel=1e-6)
+
+
+def test_without_prompts_of_its_own_a_stage_evaluates_no_other(tmp_path):
+    (tmp_path / "train.txt").write_text("a red circle\n")
+    data = f"stages.t2i.data={{name:prompts,path:{tmp_path / 'train.txt'},per_step:1,group:2}}"
+    assert evaluated(recipe.read("world_omnigen2", [*SMALL, data])) == pytest.approx(0, abs=1)
+
+
+def test_an_evaluation_of_other_stages_that_write_takes_as_long_as_theirs():
+    known = plan_answers.Known(answer=0.5, read=100)
+    own = ["stages.rl.evaluate.every=0", "stages.cold_start.evaluate.every=0", "stages.cold_start.evaluate.ends=64"]
+    first, alone, both = (
+        evaluated(recipe.read("world_agent_grpo", [*own, f"run.order=[{stage}]", *more]), known)
+        for stage, *more in (("cold_start",), ("rl",), ("rl", "stages.rl.evaluate.also=[cold_start, rl]"))
+    )
+    assert both - alone == pytest.approx(first, rel=1e-6)  # the same 64 at both ends
+    assert 0 < first < alone / 2
+
+
+@dataclass(frozen=True)
+class Few:
+    """Three held-out prompts, whatever is asked for."""
+
+    per_step: int = 2
+    group: int = 4
+
+    def open(self):
+        return self
+
+    def held_out(self, count):
+        return (Prompt(id=0, text=""),) * min(3, count)
+
+
+def test_an_evaluation_draws_the_prompts_that_there_are(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "broken.jsonl").write_text("a red circle\n{\n")
+    counts = ("stages.main.evaluate.held_out=4", "stages.main.evaluate.ends=5")
+
+    def of(path, *more):
+        told = ",".join(("name:prompts", f"path:{tmp_path / path}", "per_step:2", "group:4", *more))
+        return pictures(*counts, f"stages.main.data={{{told}}}")
+
+    assert of("train.txt") == pytest.approx(0, abs=1e-6)
+    assert of("train.txt", f"held_out_path:{tmp_path / 'test.txt'}") == pytest.approx(2 * 5)  # two, over again
+    assert of("missing.txt") == of("broken.jsonl") == pytest.approx(2 * 5)  # nobody can tell
+    assert pictures(*counts, data=Few()) == pytest.approx(2 * 3)
+    assert pictures(*counts, "stages.main.evaluate.every=1", data=Few()) == pytest.approx(3 * 3)
+
+
+def test_no_pictures_at_the_ends_are_as_many_as_between():
+    assert pictures("stages.main.evaluate.held_out=7", "stages.main.evaluate.ends=0") == pytest.approx(2 * 7)
+
+
+def test_a_plan_downloads_no_data(monkeypatch):
+    def never(*words):
+        raise AssertionError("nothing is downloaded")
+
+    monkeypatch.setattr("rlkit.data.prompts.load_table", never)
+    hub = "name:hub,path:nobody/nothing,held_out_split:test"
+    for told in (hub + ",per_step:2,group:4", f"name:mixture,sources:{{a:{{{hub}}},b:null}},per_step:2,group:4"):
+        assert pictures("stages.main.evaluate.held_out=5", f"stages.main.data={{{told}}}") == pytest.approx(2 * 5)
+    setup = recipe.read("world_captioner")
+    stage = replace(setup.stages[0], data=HubPrompts("nobody/nothing", 2, 4))
+    assert plan_answers._prompts(stage, setup.policy.backbone, "") is None
 
 
 # --------------------------------------------------------------------------------------------------- calls
@@ -400,8 +501,6 @@ def test_the_shipped_captioner_is_counted_as_torch_counts_it():
     backbone = registry.build("backbones", "tiny_captioner", {}, "policy.backbone")
     words = plan_words.words_of(backbone)
     model = backbone.load(torch.device("cpu"), torch.float32)
-    from rlkit.types import Prompt
-
     (cond,) = model.encode([Prompt(id=0, text="", source=torch.rand(3, 32, 32))])
     ids = cond["ids"][None]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -418,8 +517,6 @@ def test_what_is_said_is_read_once_a_prompt_and_continued_a_token_at_a_time():
 
 
 def test_an_agent_reads_everything_again_and_vllm_what_is_new():
-    from dataclasses import replace
-
     told = replace(TALK, replies=6.0, turns=2)  # the second turn: 20 + 5 + 3 tokens stand before, for 3 (half of 6)
     again = spoken(told).reading - spoken(replace(told, turns=1)).reading
     assert again == 8 * SPEAKER.flops(28, 1)
@@ -512,8 +609,6 @@ def test_what_is_known_of_an_agents_turns_and_of_its_pictures():
 
 
 def test_half_of_the_rows_may_have_another_turn():
-    from dataclasses import replace
-
     two, three = (spoken(replace(TALK, turns=turns)).reading for turns in (2.0, 3.0))
     third = 8 * SPEAKER.flops(20 + 2 * 10 / 2.5, 1)  # of ten tokens in two and a half turns, two turns stand before
     second = 8 * SPEAKER.flops(20 + 10 / 2.5, 1)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -358,6 +359,22 @@ def test_ctrl_c_asks_the_trials_to_save_themselves_and_the_sweep_goes_on_later(t
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_trial_that_somebody_else_interrupted_is_gone_on_with(tmp_path, begun, monkeypatch, capsys):
+    def start(words, log, environment):
+        child = Child(words, log, [0.1, 0.5])
+        begun.append(child)
+        if len(begun) == 1:
+            child.send_signal(signal.SIGINT)  # not by the sweep
+        return child
+
+    monkeypatch.setattr(sweep_trials, "start", start)
+    assert sweep.run(parse(a_file(tmp_path), "--dir", tmp_path / "out")) == 130
+    assert f"interrupted; go on with: rlkit sweep --resume {tmp_path / 'out'}" in capsys.readouterr().err
+    assert [one.state for one in Board.open(tmp_path / "out").trials.values()] == ["interrupted", "finished"]
+    assert sweep.run(parse("--resume", tmp_path / "out")) == 0
+    assert names(begun) == ["trial-000", "trial-001", "trial-000"]
+
+
 def test_asked_again_and_again_the_trials_are_ended_at_once(tmp_path, begun, monkeypatch):
     class Stubborn(Child):
         def poll(self):
@@ -403,18 +420,36 @@ def test_who_is_behind_is_stopped_as_by_ctrl_c(tmp_path, begun, capsys):
 def test_a_trial_that_outlived_its_sweep_is_not_run_beside_itself(tmp_path, begun, monkeypatch):
     sweep.run(parse(a_file(tmp_path), "--dir", tmp_path / "out"))
     board = Board.open(tmp_path / "out")
-    command = Path(f"/proc/{os.getpid()}/cmdline")
-    if not command.exists():
+    if not Path("/proc/self/cmdline").exists():
         pytest.skip("no /proc here")
     lost = Trial("trial-000", {LR: 0.001}, state="running", process=os.getpid())
     board.put(lost)
     assert sweep_trials.still_running(board) == [], "the number is another process's by now"
-    ours = Path(command.read_bytes().split(b"\0")[0].decode())
-    assert sweep_trials._alive(os.getpid(), ours)
-    assert not sweep_trials._alive(Child.pid, ours)
+    assert not sweep_trials._alive(Child.pid, board.place(lost))
     monkeypatch.setattr(sweep, "still_running", lambda board: [lost])
     with pytest.raises(RecipeError, match=rf"trial-000 still runs.*kill -INT {os.getpid()}"):
         sweep.run(parse("--resume", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("written", ["out/trial-000", "../{name}/out/trial-000", "{folder}/out/trial-000"])
+def test_a_trial_is_found_however_its_folder_was_written(written, tmp_path, monkeypatch):
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("no /proc here")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    word = "run.dir=" + written.format(name=tmp_path.name, folder=tmp_path)
+    # Without its site packages Python starts at once; what it waits for is the end of this test.
+    waits = [sys.executable, "-S", "-E", "-c", "print(flush=True); input()", "train", word]
+    own = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(waits, cwd=tmp_path, **own) as process:
+        process.stdout.readline()  # until it runs, its command line is empty
+        lost = Trial("trial-000", {LR: 0.001}, state="running", process=process.pid)
+        monkeypatch.chdir(tmp_path)
+        for folder in (tmp_path / "out", Path("out"), tmp_path / "link" / "out"):
+            assert sweep_trials.still_running(Board(folder, {}, {"trial-000": lost})) == [lost], folder
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for folder in (Path("out"), tmp_path / "ou", tmp_path):
+            assert sweep_trials.still_running(Board(folder, {}, {"trial-000": lost})) == [], folder
 
 
 def test_a_recipe_that_changed_is_not_gone_on_with(tmp_path, begun):
@@ -445,6 +480,18 @@ def test_bayes_chooses_from_what_the_others_brought(tmp_path, begun, monkeypatch
     assert sum(away[5:]) / 4 < sum(away[:4]) / 4
     again = sweep.run(parse("--resume", tmp_path / "out"))
     assert (again, len(begun)) == (0, 9)
+
+
+def test_bayes_takes_seeds_for_measurements_of_one_setting(tmp_path):
+    own = {CLIP: {"min": 0.0, "max": 1.0}, "run.seed": {"min": 0, "max": 9}}
+    found = sweep_file.read(a_file(tmp_path, method="bayes", run_cap=9, parameters=own))
+    assert (
+        sweep._place(found, {CLIP: 0.25, "run.seed": 0}) == sweep._place(found, {CLIP: 0.25, "run.seed": 9}) == [0.25]
+    )
+    alone = sweep_file.read(a_file(tmp_path, method="bayes", run_cap=9, parameters={"run.seed": own["run.seed"]}))
+    board = a_board(tmp_path, [({"run.seed": seed}, None, "finished", [0.5]) for seed in (0, 1, 2)])
+    board.facts["draw"] = 1
+    assert sweep.proposed(alone, board)["run.seed"] not in (0, 1, 2), "nothing to search, and yet another seed"
 
 
 def test_two_values_that_do_not_go_together_cost_bayes_one_trial(tmp_path, begun, monkeypatch):
@@ -600,6 +647,28 @@ def test_a_setting_that_lacks_a_seed_comes_after_those_that_have_all(tmp_path):
     ]
     assert told["best"]["setting"] == {LR: 2}
     assert "| 1 of 2 |" in sweep_table.markdown(told)
+
+
+def test_a_setting_whose_seeds_were_cut_off_comes_after_those_that_have_all(tmp_path, begun):
+    begun.values = {f"trial-00{i}": [value] for i, value in enumerate((0.3, 0.9, 0.4))}
+    assert sweep.run(parse(a_file(tmp_path, run_cap=3), "--seeds", "5,6", "--dir", tmp_path / "out")) == 0
+    told = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [(row["setting"][LR], row["n"], row["of"], row["complete"]) for row in told["rows"]] == [
+        (0.001, 2, 2, True),
+        (0.002, 1, 2, False),
+    ]
+    assert told["best"]["setting"] == {LR: 0.001}
+    assert "| 1 of 2 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["grid", "random", "bayes"])
+def test_seeds_of_the_file_are_missed_as_those_of_the_command(method, tmp_path):
+    own = {LR: {"values": [1, 2]}, "run.seed": {"values": [0, 1, 2]}}
+    trials = [(1, 0, 0.3), (2, 0, 0.9), (1, 1, 0.3), (1, 2, 0.3)]
+    board = a_board(tmp_path, [({LR: lr, "run.seed": seed}, None, "finished", [v]) for lr, seed, v in trials])
+    told = sweep_table.facts(sweep_file.read(a_file(tmp_path, method=method, run_cap=4, parameters=own)), board)
+    assert [(row["setting"][LR], row["n"], row["of"]) for row in told["rows"]] == [(1, 3, 3), (2, 1, 3)]
+    assert told["best"]["setting"] == {LR: 1}
 
 
 def test_columns_are_named_as_short_as_can_be():
