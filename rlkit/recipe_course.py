@@ -162,6 +162,22 @@ def _check_measured(stage: Stage, metric: str, where: str) -> None:
         raise RecipeError(what, where=where, hint=f"Its kinds of prompts: {', '.join(kinds)}.")
 
 
+def check_compared(setup: Setup, metric: str, where: str) -> None:
+    """That some stage which runs gives the number, at its last evaluation at least: what runs are compared by."""
+    refused = None
+    for stage in setup.stages:
+        named = metric.removesuffix("_se").rpartition("/")
+        own = f"{named[0]}" if named[2] in {one.name for one in stage.also} else metric
+        try:
+            _check_measured(stage, own, where)
+        except RecipeError as error:
+            refused = error
+        else:
+            return
+    if refused is not None:
+        raise refused
+
+
 def _kinds(data: Any) -> tuple[str, ...] | None:
     """The kinds of the prompts that an evaluation samples; None: only the prompts know. The embedded world evaluates
     on all of a task's, whatever is trained on."""
@@ -192,4 +208,4 @@ def _check_carry(stage: Stage, before: Stage | None) -> None:
         raise RecipeError(what, where=f"{where}.optimizer", hint="Leave it out, or train the same in both.")
 
 
-__all__ = ["arranged", "check", "left_out", "measured", "running"]
+__all__ = ["arranged", "check", "check_compared", "left_out", "measured", "running"]

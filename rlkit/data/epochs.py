@@ -201,10 +201,10 @@ class Listed:
 
     def panel(self, count: int, size: Size | None) -> tuple[Prompt, ...]:
         found: list[Prompt | None] = []
-        for i in self.kept[size]:
+        for i in self.kept[size] if count else ():
             if len(found) < count and (prompt := self.sieve.read(i)) is not None:
                 found.append(prompt)
-        return self._filled(found + [None] * (count - len(found)))
+        return self._filled(found + [None] * (count - len(found))) if count else ()
 
     def texts(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.sieve.rows[i].prompt.text for i in self._rows()))

@@ -13,13 +13,13 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlkit import sources
+from rlkit import recipe_course, sources
 from rlkit.errors import RecipeError, RlkitError
 from rlkit.sweep import file as sweep_file
 from rlkit.sweep import table as sweep_table
@@ -98,7 +98,7 @@ def _new(options: argparse.Namespace) -> tuple[Sweep, Board]:
         raise RecipeError(f"{folder} exists and is not empty.", where="--dir", hint=hint)
     sources.value_of("run.dir", str(folder / _name(0)))  # for its error, before the first trial says it
     trials = planned(sweep, options.seeds, options.draw)
-    mark = _check(sweep, words, trials, options.draw)
+    mark = _check(sweep, words, trials, options.draw, options.show)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, folder / COPY)
     facts = {"file": str(path), "words": list(words), "seeds": list(options.seeds), "draw": options.draw, "mark": mark}
@@ -119,13 +119,14 @@ def _again(options: argparse.Namespace) -> tuple[Sweep, Board]:
         hint = f"Wait for it, or end it: kill -INT {left[0].process}"
         raise RecipeError(f"{left[0].name} still runs, as process {left[0].process}.", where="--resume", hint=hint)
     trials = list(board.trials.values())
-    if _check(sweep, tuple(board.facts["words"]), trials, board.facts["draw"]) != board.facts["mark"]:
+    show = board.facts["show"]
+    if _check(sweep, tuple(board.facts["words"]), trials, board.facts["draw"], show) != board.facts["mark"]:
         hint = "Start a new sweep, or bring the recipe back."
         raise RecipeError(f"{sweep.recipe} has changed since the sweep began.", where=str(board.folder), hint=hint)
     return sweep, board
 
 
-def _check(sweep: Sweep, words: tuple[str, ...], trials: list[Trial], draw: int) -> str:
+def _check(sweep: Sweep, words: tuple[str, ...], trials: list[Trial], draw: int, show: Sequence[str]) -> str:
     """Refuse what a trial would refuse, before any starts; a fingerprint of the recipe with the first setting.
 
     Of a bayes sweep, whose settings nobody knows yet, the ends of every parameter are tried."""
@@ -133,6 +134,10 @@ def _check(sweep: Sweep, words: tuple[str, ...], trials: list[Trial], draw: int)
     several += [dict(one.setting) for one in trials if one.state != "refused"]
     settings = {json.dumps(one, default=str): one for one in several}
     setups = [sweep_file.check_setting(sweep, words, one) for one in settings.values()]
+    for setup in setups:
+        for metric, where in ((sweep.metric.name, "metric.name"), *((name, "--show") for name in show)):
+            if metric.startswith(HELD_OUT):  # others are of the steps, and what those say only they know
+                recipe_course.check_compared(setup, metric, where)
     _warn_of_test_prompts(sweep, setups[0])
     plain = {key: value for key, value in setups[0].recipe.items() if key != "run"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -150,7 +155,7 @@ def _ends(sweep: Sweep, draw: int) -> list[Setting]:
 def _warn_of_test_prompts(sweep: Sweep, setup: Any) -> None:
     if not sweep.metric.name.startswith(HELD_OUT):
         return
-    stages = setup.recipe["stages"]
+    stages = recipe_course.running(setup.recipe)
     keys = [key for name in stages for key in _test_splits(stages[name]["data"], f"stages.{name}.data")]
     if keys:
         print(

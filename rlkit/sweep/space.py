@@ -36,6 +36,7 @@ DISTRIBUTIONS = {  # the keys of each, the required ones first
 }
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # what W&B takes as the name of a parameter
 _DIGITS = 6
+MOST = 700.0  # of an exponent of e: beyond 709 there is no number
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,15 @@ class Parameter:
             raise ValueError("values is empty")
         if self.probabilities and len(self.probabilities) != len(self.values):
             raise ValueError(f"{len(self.values)} values need as many probabilities, not {len(self.probabilities)}")
+        for share in self.probabilities:
+            _check_number("a probability", share, whole=False)
         if self.probabilities and (min(self.probabilities) < 0 or not math.isclose(sum(self.probabilities), 1)):
             raise ValueError("probabilities must be 0 or more, and 1 in all")
         if not self.min < self.max:
             raise ValueError(f"min must be below max, not {self.min} and {self.max}")
+        if self._logarithmic and self._bounded and not self.distribution.endswith("_values") and self.max > MOST:
+            hint = f"{self.distribution.removesuffix('_values')}_values takes the values themselves"
+            raise ValueError(f"bounds are exponents of e, and e^{self.max:g} is beyond all numbers; {hint}")
         if self.distribution.endswith("_values") and self.min <= 0:
             raise ValueError(f"min must be above 0, where the logarithm begins, not {self.min}")
         if self.q <= 0 or self.sigma < 0:
@@ -162,7 +168,7 @@ def parameter(key: str, node: Any) -> Parameter:
     if "parameters" in node:
         raise ValueError("is nested, and its trials could not be started. Write the dotted key of each")
     name = node["distribution"] if "distribution" in node else _usual(node)
-    if name not in DISTRIBUTIONS:
+    if not isinstance(name, str) or name not in DISTRIBUTIONS:
         known = ", ".join(DISTRIBUTIONS)
         raise ValueError(f"no distribution {name!r}.{nearest(str(name), DISTRIBUTIONS)} Known: {known}")
     required, optional = DISTRIBUTIONS[name]

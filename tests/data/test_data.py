@@ -233,6 +233,14 @@ def test_files_that_are_missing_or_no_text(tmp_path: Path) -> None:
         read_prompts(tmp_path / "b.txt")
 
 
+def test_none_that_are_held_out_may_be_asked_for(tmp_path: Path) -> None:
+    """Then none of them is broken."""
+    (tmp_path / "a.txt").write_text("a red circle\n")
+    files = {"path": str(tmp_path / "a.txt"), "held_out_path": str(tmp_path / "a.txt")}
+    assert FilePrompts(per_step=1, group=2, **files).open().held_out(0) == ()
+    assert len(FilePrompts(per_step=1, group=2, **files).open().held_out(2)) == 2
+
+
 def test_held_out_prompts_of_a_file(tmp_path: Path) -> None:
     assert file_prompts(tmp_path, ["a"]).held_out(5) == ()
     data = file_prompts(tmp_path, ["a", "b", "a"], held_out=["x", "y", "b"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from rlkit import cli, recipe
+from rlkit import cli, recipe, recipe_course
 from rlkit.errors import DataError, RecipeError
 from rlkit.sweep import command as sweep
 from rlkit.sweep import file as sweep_file
@@ -691,3 +691,43 @@ def test_the_readme_shows_the_sweep_that_is_shipped():
     assert len(blocks) == 1
     for name, text in blocks:
         assert yaml.safe_load(text) == yaml.safe_load((root / name).read_text())
+
+
+MISSED = {
+    "a metric that no stage gives": ("held_out/strikt", [], "metric.name: no evaluation of stage 'main'"),
+    "a kind that is none": ("held_out/strict/singel", [], "Did you mean 'single'"),
+    "a column to show that no stage gives": ("held_out/strict", ["held_out/gradet"], "--show: .*'graded'"),
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_numbers_that_no_trial_would_give_are_refused_before_any_starts(tmp_path, monkeypatch, capsys, case):
+    metric, show, said = MISSED[case]
+    monkeypatch.setattr(sweep, "run_trials", lambda *_: pytest.fail("a trial was started"))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "program: rlkit\nmethod: grid\ncommand: [rlkit, train, quickstart, '${args_no_hyphens}']\n"
+        f"metric: {{name: {metric}, goal: maximize}}\nparameters: {{stages.main.learner.lr: {{values: [1.0e-4]}}}}\n"
+    )
+    words = ["sweep", str(path), "--dir", str(tmp_path / "out"), *(["--show", *show] if show else [])]
+    assert cli.main(words) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_that_only_the_ends_give_can_be_compared():
+    setup = recipe.read("world_omnigen2")
+    recipe_course.check_compared(setup, "held_out/strict/t2i", "metric.name")
+    recipe_course.check_compared(setup, "held_out/strict_se", "metric.name")
+    with pytest.raises(RecipeError, match="no evaluation"):
+        recipe_course.check_compared(setup, "held_out/strikt/t2i", "metric.name")
+
+
+def test_the_warning_of_test_prompts_is_of_stages_that_run(capsys):
+    for order, named in (("edit", ["edit"]), ("t2i", ["t2i"])):
+        setup = recipe.read("world_omnigen2", [f"run.order=[{order}]"])
+        sweep._warn_of_test_prompts(
+            sweep_file.read(Path(__file__).parents[2] / "docs" / "sweeps" / "omnigen2.yaml"), setup
+        )
+        said = capsys.readouterr().err
+        assert re.findall(r"stages\.(\w+)\.data", said) == named
