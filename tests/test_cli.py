@@ -190,6 +190,12 @@ def test_a_plateau_that_its_stage_is_too_short_for_is_noted_and_no_error(capsys)
         assert said in capsys.readouterr().err
 
 
+def test_a_run_that_has_lost_its_recipe_can_be_gone_on_with(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 1
+    assert "lost its recipe.yaml. Say which recipe it is of, with its changes: rlkit train" in capsys.readouterr().err
+
+
 def test_of_several_recipes_each_has_a_line(capsys):
     recipes = [str(file) for file in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))]
     assert cli.main(["check", *recipes]) == 0

@@ -45,8 +45,12 @@ def run(options: argparse.Namespace) -> int:
     if name is None and options.resume is not None:
         name = str(options.resume / "recipe.yaml")
         if not Path(name).is_file():
+            what = f"there is no run in {options.resume} to go on with."
             hint = f"To begin one there: rlkit train RECIPE --resume {options.resume}"
-            raise RecipeError(f"there is no run in {options.resume} to go on with.", where="--resume", hint=hint)
+            if (options.resume / "checkpoints").is_dir():
+                what = f"the run in {options.resume} has lost its recipe.yaml."
+                hint = f"Say which recipe it is of, with its changes: rlkit train RECIPE --resume {options.resume}"
+            raise RecipeError(what, where="--resume", hint=hint)
     if name is None:
         raise RecipeError("which recipe?", hint=f"For instance rlkit train {next(iter(registry.recipes()), 'FILE')}")
     if options.begin or options.only:
