@@ -37,7 +37,7 @@ from rlkit.resources import without_encoders
 from rlkit.run import Interrupted, Run, Stop, begin
 from rlkit.shelf import Shelf
 from rlkit.stages import Setup
-from rlkit.tracking import Metrics, Tracker
+from rlkit.tracking import HELD_OUT, Metrics, Tracker
 from rlkit.trainer import train
 from rlkit.types import Connection, Context, FlowModel, Plan, Prompt, TokenModel
 from rlkit.weights import Lora, Weights
@@ -83,7 +83,7 @@ def _run(
         same_recipe(setup, saved)
     if (folder / Metrics.NAME).exists():
         Metrics.read(folder)  # for its errors, before anything is written or loaded
-    look_ahead(setup)
+    look_ahead(setup, saved.numbers["stage"] if saved else None)
     _prepare(setup, folder, processes, command, resume, saved)
     tracker = Tracker(
         folder,
@@ -167,10 +167,12 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
         os.close(handle)
 
 
-def look_ahead(setup: Setup) -> None:
+def look_ahead(setup: Setup, begin: str | None = None) -> None:
     """What every stage needs of this machine, before the first one has begun: files of prompts, pairs to judge rewards
-    by, and what its rollout says is not installed. RlkitError names the stage."""
-    for stage in setup.every_stage():
+    by, and what its rollout says is not installed. RlkitError names the stage. begin: the first that is left."""
+    names = [stage.name for stage in setup.stages]
+    left = setup.stages[names.index(begin) if begin in names else 0 :]
+    for stage in replace(setup, stages=left).every_stage():
         at, sanity = f"stages.{stage.name}", stage.monitors.sanity
         missing = getattr(stage.rollout, "missing", None)
         if missing is not None and (hint := missing()):
@@ -182,6 +184,9 @@ def look_ahead(setup: Setup) -> None:
             except RlkitError as error:
                 error.where = f"{at}.{key}: {error.where}" if error.where else f"{at}.{key}"
                 raise
+        if stage.until is not None and stage.until.metric.startswith(HELD_OUT) and not prompts_of(stage, 1):
+            what = f"the stage waits for {stage.until.metric!r}, and its data has no held-out prompts."
+            raise RecipeError(what, where=f"{at}.until.metric", hint=f"Set {at}.data.held_out_path.")
 
 
 def _begin(run: Run, moments: dict[str, Tensor] | None, saved: checkpoint.Checkpoint | None) -> None:

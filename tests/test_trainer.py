@@ -669,6 +669,26 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_one_begins(tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_finished_stage_has_had_is_not_asked_for_again(tmp_path):
+    file = tmp_path / "prompts.txt"
+    data = {"name": "prompts", "path": words(file, "a red circle"), "per_step": 1}
+    setup = build({"first": {"data": data, "learner": {"batch": 4}, "rewards": {"brightness": 1.0}}, "second": {}})
+    rows = go(setup, tmp_path / "whole")
+    file.unlink()
+    again = go(setup, cut(tmp_path / "whole", tmp_path / "run", at=3), resume=True)
+    assert measured(again) == measured(rows)
+
+
+def test_a_goal_that_no_held_out_prompt_can_reach_is_refused(tmp_path):
+    data = {"name": "prompts", "path": words(tmp_path / "prompts.txt", "a red circle")}
+    until = {"metric": "held_out/reward", "above": 0.5}
+    second = {"data": data, "until": until, "evaluate": {"every": 1}, "rewards": {"brightness": 1.0}}
+    with pytest.raises(RecipeError, match="its data has no held-out prompts") as error:
+        go(build({"first": {}, "second": second}), tmp_path / "run")
+    assert error.value.where == "stages.second.until.metric"
+    assert not any((tmp_path / "run").iterdir())
+
+
 def test_a_later_stages_rollout_says_what_it_lacks_before_the_first_one_begins(tmp_path):
     setup = build({"first": {}, "second": {}})
     setup = replace(setup, stages=(setup.stages[0], replace(setup.stages[1], rollout=Lacking())))
