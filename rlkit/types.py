@@ -612,6 +612,44 @@ class Reward(Protocol):
     def __call__(self, samples: Samples) -> Values | tuple[Values, Mapping[str, Values]]: ...
 
 
+class Sampler(Protocol):
+    """A rollout that was started: it samples for one stage, with the weights that it was last given.
+
+    One that holds something, a process, an engine or a folder, also has `close()`, which is called once.
+    """
+
+    def collect(self, prompts: Any, plan: Plan, context: Context) -> Samples:
+        """This process's share of a step's samples, of the `PromptBatch` and the weights that the plan names."""
+        ...
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """The learner's weights have changed, for the version-th time. {}: they are where this samples from already."""
+        ...
+
+    def health(self) -> str:
+        """In a few words."""
+        ...
+
+
+class Rollout(Protocol):
+    """Where sampling runs: a frozen dataclass of options. `rollouts/local.py` is what the others are tested against.
+
+    An entry of the catalogue also says, as class constants or properties, where it differs from what is assumed:
+    kind, kinds: "flow" or "tokens", the policies that it samples with.
+    gives: of "path", "log_prob", "previews", "preference", what an algorithm may ask of its samples.
+    reads: of "source", "pair", "demonstration", what it cannot do without of the data.
+    makes: of "image", "text", "episode", what its samples hold for rewards to read.
+    parts: true if it samples with a policy of several parts.
+    single: true if a process can have one alone.
+    ahead: how many steps it samples in advance.
+    missing(): how to install what this machine lacks for it; "" where nothing is missing. Asked before a run begins.
+    """
+
+    steps: int  # denoising steps; 0 where nothing is denoised
+
+    def start(self, policy: Any, processes: Any) -> Sampler: ...
+
+
 class Algorithm(Protocol):
     """A frozen dataclass of options with these functions. Subclass it for the defaults of four of them."""
 
@@ -661,7 +699,9 @@ __all__ = [
     "Plan",
     "Prompt",
     "Reward",
+    "Rollout",
     "Rows",
+    "Sampler",
     "Samples",
     "Scores",
     "Span",

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from rlkit.errors import RlkitError
 from rlkit.learner import Learner, LearnerOptions
 from rlkit.policy import Policy
 from rlkit.scorer import Asking, Scorer
-from rlkit.types import Context, FlowModel, Needs, Plan, Prompt, Rows, Samples, Scores, Tools, Unscored
+from rlkit.types import Context, FlowModel, Needs, Plan, Prompt, Rows, Sampler, Samples, Scores, Tools, Unscored
 from rlkit.weights import Lora
 from rlkit.world import grammar, scenes
 
@@ -525,6 +526,12 @@ def test_a_rollout_says_what_it_gives_and_starts(entry: registry.Entry) -> None:
     assert set(rollout.gives) <= CAN_GIVE
     assert set(getattr(rollout, "kinds", None) or (rollout.kind,)) <= {"flow", "tokens"}
     assert list(inspect.signature(rollout.start).parameters)[1:3] == ["policy", "processes"]
+    assert hasattr(rollout, "steps") or "steps" in {one.name for one in dataclasses.fields(rollout)}
+    started = typing.get_type_hints(rollout.start)["return"]
+    for one in typing.get_args(started) or (started,):
+        for name in ("collect", "load", "health"):
+            ours = list(inspect.signature(getattr(one, name)).parameters)
+            assert ours == list(inspect.signature(getattr(Sampler, name)).parameters), (one, name)
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
