@@ -440,7 +440,7 @@ def test_options_that_make_no_sense(options, message):
 
 # ---- a server that is killed -----------------------------------------------------------------------------------------
 
-COMMAND = "import sys; from rlkit.reward_server import serve; serve('elsewhere:Bright', {}, port=int(sys.argv[1]))"
+COMMAND = "import sys; from rlkit.serve.reward import serve; serve('elsewhere:Bright', {}, port=int(sys.argv[1]))"
 
 
 def started(folder: Path, port: int) -> tuple[subprocess.Popen[str], int]:

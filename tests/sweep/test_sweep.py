@@ -505,9 +505,9 @@ def test_two_values_that_do_not_go_together_cost_bayes_one_trial(tmp_path, begun
 
 
 def test_a_metric_that_nobody_logs_is_said(tmp_path, begun):
-    metric = {"name": "held_out/strickt", "goal": "maximize"}
+    metric = {"name": "heldout/strict", "goal": "maximize"}
     assert sweep.run(parse(a_file(tmp_path, metric=metric), "--dir", tmp_path / "out")) == 0
-    said = "trial-000 finished: held_out/strickt was never logged. Did you mean 'held_out/strict'?"
+    said = "trial-000 finished: heldout/strict was never logged. Did you mean 'held_out/strict'?"
     assert said in (tmp_path / "out" / "table.md").read_text()
     assert json.loads((tmp_path / "out" / "table.json").read_text())["best"] is None
 
