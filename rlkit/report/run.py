@@ -44,7 +44,6 @@ class Run:
             raise DataError(f"no numbers in {Metrics.NAME}.", where=str(folder), hint=hint)
         text = _text(folder / "recipe.yaml")
         recipe = _mapping(folder / "recipe.yaml", text, yaml.safe_load)
-        running(recipe)  # for its errors
         environment = _mapping(folder / "environment.json", _text(folder / "environment.json"), json.loads)
         return cls(folder, rows, text, recipe, environment)
 
