@@ -50,7 +50,7 @@ class Bright:
         HELD.wait(20)
         texts = [prompt.text for prompt in samples.prompts]
         if "raise" in texts:
-            raise RuntimeError("secret path /root/weights")
+            raise RuntimeError("secret path /somewhere/weights")
         if "exit" in texts:
             raise SystemExit
         values = [Unscored("no subject") if t == "unscored" else None if t == "none" else v
